@@ -176,50 +176,50 @@ def updated(
     "A copy of a config with some settings changed, validated again."
     return replace(settings, **changes)  # type: ignore[type-var]
 
-# %% ../nbs/api/01_configs.ipynb #c9d46f83
+# %% ../nbs/api/01_configs.ipynb #17385e77
 @config
 class ModelConfig:
     "Which model to load, and how."
 
     name_or_path: str = Field(
-        "tiny-english", min_length=1, description="an embedded model's name, a folder, a .gguf file or a hub id"
+        default="tiny-english", min_length=1, description="an embedded model's name, a folder, a .gguf file or a hub id"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="the type of the weights in memory"
+        default="auto", description="the type of the weights in memory"
     )
     device: str = Field(
-        "auto",
+        default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="where the model runs: auto, cpu, mps, cuda or cuda:N",
     )
-    allow_pickle: bool = Field(False, description="whether weights that are stored as a pickle may be opened")
-    trust_remote_code: bool = Field(False, description="whether Python files that come with the model may run")
+    allow_pickle: bool = Field(default=False, description="whether weights that are stored as a pickle may be opened")
+    trust_remote_code: bool = Field(default=False, description="whether Python files that come with the model may run")
 
-# %% ../nbs/api/01_configs.ipynb #e0411245
+# %% ../nbs/api/01_configs.ipynb #380d576b
 @config
 class GenerationConfig:
     "How text is written."
 
-    max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="how many tokens to write at most")
+    max_new_tokens: int = Field(default=64, ge=1, le=1_000_000, description="how many tokens to write at most")
     do_sample: bool = Field(
-        False, description="whether to draw from the distribution instead of taking the likeliest token"
+        default=False, description="whether to draw from the distribution instead of taking the likeliest token"
     )
-    temperature: float = Field(1.0, gt=0, le=100, description="what the logits are divided by before drawing")
-    top_k: int | None = Field(None, ge=1, description="draw from this many of the likeliest tokens only")
+    temperature: float = Field(default=1.0, gt=0, le=100, description="what the logits are divided by before drawing")
+    top_k: int | None = Field(default=None, ge=1, description="draw from this many of the likeliest tokens only")
     top_p: float | None = Field(
-        None, gt=0, le=1, description="draw from the likeliest tokens that together have this probability"
+        default=None, gt=0, le=1, description="draw from the likeliest tokens that together have this probability"
     )
     min_p: float | None = Field(
-        None, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest"
+        default=None, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest"
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, description="above 1, tokens that already occur become less likely"
+        default=1.0, gt=0, le=10, description="above 1, tokens that already occur become less likely"
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="makes a drawn text repeatable; without one it is not cached"
+        default=None, ge=0, lt=2**63, description="makes a drawn text repeatable; without one it is not cached"
     )
-    stop: tuple[str, ...] = Field((), description="strings that end the text; they are not part of it")
-    batch_size: int = Field(16, ge=1, le=4096, description="how many prompts of a list are written at once")
+    stop: tuple[str, ...] = Field(default=(), description="strings that end the text; they are not part of it")
+    batch_size: int = Field(default=16, ge=1, le=4096, description="how many prompts of a list are written at once")
 
     def __post_init__(self) -> None:
         drawing = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "seed": None}
@@ -234,33 +234,43 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError("stop", "must hold strings that are not empty", self.stop, "Leave the empty string out.")
 
-# %% ../nbs/api/01_configs.ipynb #d5eb4e18
+# %% ../nbs/api/01_configs.ipynb #6a60daac
 @config
 class CacheConfig:
     "Where answers are kept, how many and how long."
 
-    cache_dir: str = Field("cache", min_length=1, description="the folder of the database; made when missing")
-    memory_bytes: int = Field(64 * 2**20, ge=0, description="how many bytes of answers to hold in memory; 0 for none")
-    disk_bytes: int = Field(2**30, ge=0, description="how many bytes of answers to keep on disk; 0 for none")
-    max_age_seconds: float | None = Field(None, gt=0, description="after how many seconds an answer is forgotten")
+    cache_dir: str = Field(default="cache", min_length=1, description="the folder of the database; made when missing")
+    memory_bytes: int = Field(
+        default=64 * 2**20, ge=0, description="how many bytes of answers to hold in memory; 0 for none"
+    )
+    disk_bytes: int = Field(default=2**30, ge=0, description="how many bytes of answers to keep on disk; 0 for none")
+    max_age_seconds: float | None = Field(
+        default=None, gt=0, description="after how many seconds an answer is forgotten"
+    )
 
-# %% ../nbs/api/01_configs.ipynb #15a9ed7f
+# %% ../nbs/api/01_configs.ipynb #71d9d697
 @config
 class EvidenceConfig:
     "How long to measure, and what counts as a gain."
 
     rounds: int | None = Field(
-        None, ge=6, le=1000, description="how often each side is timed; chosen from the budget when not given"
+        default=None, ge=6, le=1000, description="how often each side is timed; chosen from the budget when not given"
     )
-    budget_seconds: float = Field(8.0, gt=0, description="the time to spend on timed calls, when rounds is not given")
-    warmup: int = Field(2, ge=1, le=100, description="calls of each side before any is timed")
+    budget_seconds: float = Field(
+        default=8.0, gt=0, description="the time to spend on timed calls, when rounds is not given"
+    )
+    warmup: int = Field(
+        default=2, ge=2, le=100, description="calls of each side before any is timed; their outputs are compared"
+    )
     min_sample_seconds: float = Field(
-        0.002, ge=0, description="quicker calls are repeated until a sample takes this long"
+        default=0.002, ge=0, description="quicker calls are repeated until a sample takes this long"
     )
-    min_gain: float = Field(1.03, ge=1, description="a speed-up below this is no gain even where it is certain")
-    alpha: float = Field(0.005, gt=0, lt=0.5, description="how often, at most, chance alone may look like a gain")
-    memory: bool = Field(True, description="whether to measure the peak memory of one call of each side")
-    seed: int = Field(0, ge=0, description="of the order within the rounds and of the resampling")
+    min_gain: float = Field(default=1.03, ge=1, description="a speed-up below this is no gain even where it is certain")
+    alpha: float = Field(
+        default=0.003, gt=0, lt=0.5, description="how often, at most, chance alone may look like a gain"
+    )
+    memory: bool = Field(default=True, description="whether to measure the peak memory of one call of each side")
+    seed: int = Field(default=0, ge=0, description="of the order within the rounds and of the resampling")
 
 
 @config
@@ -268,30 +278,32 @@ class Tolerance:
     "How far an output may move before it counts as another output."
 
     relative_error: float = Field(
-        0.1, ge=0, description="largest error over largest value, of a tensor that is not logits"
+        default=0.1, ge=0, description="largest error over largest value, of a tensor that is not logits"
     )
-    cosine: float = Field(0.999, ge=-1, le=1, description="least cosine similarity of a tensor")
-    kl_divergence: float = Field(0.02, ge=0, description="mean KL divergence of next-token distributions, in nats")
+    cosine: float = Field(default=0.999, ge=-1, le=1, description="least cosine similarity of a tensor")
+    kl_divergence: float = Field(
+        default=0.02, ge=0, description="mean KL divergence of next-token distributions, in nats"
+    )
     top1_agreement: float = Field(
-        0.95, ge=0, le=1, description="least share of positions with the same likeliest token"
+        default=0.95, ge=0, le=1, description="least share of positions with the same likeliest token"
     )
     identical: float = Field(
-        1.0, ge=0, le=1, description="least share of identical continuations, where tokens are compared"
+        default=1.0, ge=0, le=1, description="least share of identical continuations, where tokens are compared"
     )
-    psnr: float = Field(30.0, ge=0, description="least peak signal-to-noise ratio of images, in dB")
+    psnr: float = Field(default=30.0, ge=0, description="least peak signal-to-noise ratio of images, in dB")
 
-# %% ../nbs/api/01_configs.ipynb #a7f29222
+# %% ../nbs/api/01_configs.ipynb #58c06efd
 @config
 class OptimizationConfig:
     "Which steps to try on a model."
 
     optimizations: tuple[str, ...] = Field(
-        ("bf16", "quantize_dynamic", "torch_compile", "channels_last", "fuse_conv_bn"),
+        default=("bf16", "quantize_dynamic", "torch_compile", "channels_last", "fuse_conv_bn"),
         min_length=1,
         description="the names of the steps, tried in this order",
     )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
-        "default", description="the mode of torch.compile"
+        default="default", description="the mode of torch.compile"
     )
 
 
@@ -299,7 +311,9 @@ class OptimizationConfig:
 class ProfileConfig:
     "What a profile records."
 
-    top: int = Field(10, ge=1, le=1000, description="how many operators and modules to show")
-    warmup: int = Field(1, ge=0, le=100, description="calls before the recorded one")
-    memory: bool = Field(True, description="whether to record allocations")
-    shapes: bool = Field(False, description="whether to record input shapes; makes the run about a third slower")
+    top: int = Field(default=10, ge=1, le=1000, description="how many operators and modules to show")
+    warmup: int = Field(default=1, ge=0, le=100, description="calls before the recorded one")
+    memory: bool = Field(default=True, description="whether to record allocations")
+    shapes: bool = Field(
+        default=False, description="whether to record input shapes; makes the run about a third slower"
+    )

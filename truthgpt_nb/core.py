@@ -19,8 +19,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'DependencyError', 'nearest', 'unknown_name',
-           'require', 'format_seconds', 'format_bytes', 'format_ratio', 'Table', 'write_whole', 'file_digest',
-           'user_cache_dir']
+           'require', 'format_seconds', 'format_bytes', 'format_ratio', 'Table', 'subplots', 'write_whole',
+           'file_digest', 'user_cache_dir']
 
 # %% ../nbs/api/00_core.ipynb #38cb34f2
 class TruthGPTError(Exception):
@@ -191,6 +191,21 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/api/00_core.ipynb #23b5b7a6
+def subplots(
+    columns: int = 1,  # panels side by side
+    width: float = 7.5,  # of the whole figure, in inches
+    height: float = 2.8,  # in inches
+) -> tuple[Any, list[Any]]:  # the matplotlib figure and its axes
+    "A figure with one row of panels, without frames on the upper and right sides."
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    pyplot.close(figure)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
 
 # %% ../nbs/api/00_core.ipynb #77f25f13
 def write_whole(
