@@ -136,6 +136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'truthgpt_nb/evidence.py'),
                                       'truthgpt_nb.evidence._Bench.rounds': ('api/evidence.html#_bench.rounds', 'truthgpt_nb/evidence.py'),
                                       'truthgpt_nb.evidence._Bench.sample': ('api/evidence.html#_bench.sample', 'truthgpt_nb/evidence.py'),
+                                      'truthgpt_nb.evidence._Bench.seeded': ('api/evidence.html#_bench.seeded', 'truthgpt_nb/evidence.py'),
                                       'truthgpt_nb.evidence._Bench.warm_up': ( 'api/evidence.html#_bench.warm_up',
                                                                                'truthgpt_nb/evidence.py'),
                                       'truthgpt_nb.evidence._CandidateFailed': ( 'api/evidence.html#_candidatefailed',

@@ -234,7 +234,7 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError("stop", "must hold strings that are not empty", self.stop, "Leave the empty string out.")
 
-# %% ../nbs/api/01_configs.ipynb #6a60daac
+# %% ../nbs/api/01_configs.ipynb #24064a9a
 @config
 class CacheConfig:
     "Where answers are kept, how many and how long."
@@ -248,7 +248,7 @@ class CacheConfig:
         default=None, gt=0, description="after how many seconds an answer is forgotten"
     )
 
-# %% ../nbs/api/01_configs.ipynb #71d9d697
+# %% ../nbs/api/01_configs.ipynb #185800f5
 @config
 class EvidenceConfig:
     "How long to measure, and what counts as a gain."
@@ -292,13 +292,13 @@ class Tolerance:
     )
     psnr: float = Field(default=30.0, ge=0, description="least peak signal-to-noise ratio of images, in dB")
 
-# %% ../nbs/api/01_configs.ipynb #58c06efd
+# %% ../nbs/api/01_configs.ipynb #2fede3bb
 @config
 class OptimizationConfig:
     "Which steps to try on a model."
 
     optimizations: tuple[str, ...] = Field(
-        default=("bf16", "quantize_dynamic", "torch_compile", "channels_last", "fuse_conv_bn"),
+        default=("fuse_conv_bn", "channels_last", "bf16", "quantize_dynamic", "torch_compile"),
         min_length=1,
         description="the names of the steps, tried in this order",
     )

@@ -294,7 +294,7 @@ def _is_image(value: Any) -> bool:
 def _image_tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) / 255
 
-# %% ../nbs/api/03_evidence.ipynb #f06f0469
+# %% ../nbs/api/03_evidence.ipynb #7db3728e
 @dataclass(frozen=True)
 class Evidence:
     "What was measured of a candidate, and the verdict."
@@ -302,6 +302,7 @@ class Evidence:
     name: str  # what the candidate is called
     verdict: Verdict  # kept, no gain, slower, drifts, does not apply, failed or unverified
     reason: str  # the sentence that says why
+    detail: str = ""  # what the candidate is, such as how many layers it changed
     judgement: Judgement | None = None  # speed-up, its interval, noise floor, p-value
     seconds: dict[str, list[float]] = field(default_factory=dict)  # baseline, repeat, candidate: one timing a round
     cpu_seconds: dict[str, list[float]] = field(default_factory=dict)  # the same in processor time
@@ -327,7 +328,8 @@ class Evidence:
 
     def table(self) -> Table:  # a row for each measure; baseline and candidate side by side
         "The measures, baseline beside candidate."
-        return Table(list(_rows(self)), f"{self.name}: {self.verdict}. {self.reason}")
+        detail = f" ({self.detail})" if self.detail else ""
+        return Table(list(_rows(self)), f"{self.name}{detail}: {self.verdict}. {self.reason}")
 
     def figure(self) -> Any:  # a matplotlib figure
         "Each timing, and the candidate's quantiles against the baseline's."
@@ -390,6 +392,8 @@ def _rows(e: Evidence) -> Sequence[dict[str, Any]]:
 
 
 def _figure(e: Evidence) -> Any:
+    from matplotlib.ticker import LogFormatter
+
     if not e.judgement:
         raise InputError("evidence", "must hold timings to be drawn", e.verdict, "Look at its reason instead.")
     figure, (left, right) = subplots(columns=2)
@@ -397,6 +401,8 @@ def _figure(e: Evidence) -> Any:
     for side, marker, color in (("baseline", "o", "C0"), ("repeat", "o", "C9"), ("candidate", "^", "C1")):
         left.plot(rounds, np.array(e.seconds[side]) * 1e3, marker, markersize=3.5, color=color, label=side)
     left.set(xlabel="round", ylabel="time of a call (ms)", yscale="log")
+    for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
     left.legend(frameon=False, fontsize=8)
 
     baseline = np.sort(np.concatenate([e.seconds["baseline"], e.seconds["repeat"]]))
@@ -411,7 +417,7 @@ def _figure(e: Evidence) -> Any:
     figure.suptitle(f"{e.name}: {e.verdict}", fontsize=10)
     return figure
 
-# %% ../nbs/api/03_evidence.ipynb #d1ea8f39
+# %% ../nbs/api/03_evidence.ipynb #89227af0
 def compare(
     baseline: Callable[..., Any],  # what is there: a function or a module
     candidate: Callable[..., Any],  # what may be better
@@ -420,8 +426,10 @@ def compare(
     settings: EvidenceConfig | None = None,  # rounds, budget, levels
     tolerance: Tolerance | None = None,  # how far the output may move
     measure: Callable[[Any, Any], Fidelity] = fidelity,  # holds the candidate's output against the baseline's
+    outputs: tuple[Callable[[], Any], Callable[[], Any]] | None = None,  # compare what these return, not what is timed
     setup_seconds: float = 0.0,  # what making the candidate took
     size_bytes: tuple[int, int] | None = None,  # on disk: baseline, candidate
+    detail: str = "",  # what the candidate is, in a few words
     device: str | torch.device = "cpu",  # where both run; waited for at each reading of the clock
     clock: Callable[[], float] = time.perf_counter,  # wall time in seconds
     cpu_clock: Callable[[], float] = time.process_time,  # processor time in seconds
@@ -438,9 +446,14 @@ def compare(
             stack.enter_context(evaluating(*modules))
         old = lambda: baseline(*inputs)
         new = _guarded(lambda: candidate(*inputs))
-        known: dict[str, Any] = {"size_bytes": size_bytes, "tolerance": tolerance, "settings": settings}
+        known: dict[str, Any] = {
+            "size_bytes": size_bytes,
+            "detail": detail,
+            "tolerance": tolerance,
+            "settings": settings,
+        }
         try:
-            return _compare(bench, old, new, name, measure, setup_seconds, known)
+            return _compare(bench, old, new, name, measure, outputs, setup_seconds, known)
         except _CandidateFailed as failure:
             return Evidence(name, "failed", describe_error(failure.error), **known)
 
@@ -474,17 +487,21 @@ def _compare(
     new: Callable[[], Any],
     name: str,
     measure: Callable[[Any, Any], Fidelity],
+    outputs: tuple[Callable[[], Any], Callable[[], Any]] | None,
     setup_seconds: float,
     known: dict[str, Any],
 ) -> Evidence:
     (first, reference), old_seconds = bench.warm_up(old)
     (_, output), new_seconds = bench.warm_up(new)
+    if outputs:
+        old_output, new_output = outputs[0], _guarded(outputs[1])
+        first, reference, output = bench.seeded(old_output), bench.seeded(old_output), bench.seeded(new_output)
     unstable = measure(reference, first).violations(known["tolerance"])
     moved = measure(reference, output)
     known |= {"fidelity": moved, "setup_seconds": setup_seconds + max(0.0, new_seconds[0] - new_seconds[-1])}
     del first, reference, output
 
-    seconds, cpu_seconds = bench.rounds(old, new, old_seconds[-1], new_seconds[-1])
+    seconds, cpu_seconds = bench.rounds(old, new, min(old_seconds), min(new_seconds))
     if bench.settings.memory:
         known["peak_bytes"] = (peak_memory(old, bench.device), peak_memory(new, bench.device))
     judgement = judge(seconds, bench.settings)
@@ -521,13 +538,16 @@ class _Bench:
         outputs: list[Any] = []
         seconds = []
         for _ in range(self.settings.warmup):
-            torch.manual_seed(self.settings.seed)
             synchronize(self.device)
             start = self.clock()
-            outputs = [*outputs[-1:], run()]
+            outputs = [*outputs[-1:], self.seeded(run)]
             synchronize(self.device)
             seconds.append(self.clock() - start)
         return outputs, seconds
+
+    def seeded(self, run: Callable[[], Any]) -> Any:
+        torch.manual_seed(self.settings.seed)
+        return run()
 
     def rounds(
         self, old: Callable[[], Any], new: Callable[[], Any], old_seconds: float, new_seconds: float
