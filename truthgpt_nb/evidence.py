@@ -417,7 +417,7 @@ def _figure(e: Evidence) -> Any:
     figure.suptitle(f"{e.name}: {e.verdict}", fontsize=10)
     return figure
 
-# %% ../nbs/api/03_evidence.ipynb #89227af0
+# %% ../nbs/api/03_evidence.ipynb #533e78f0
 def compare(
     baseline: Callable[..., Any],  # what is there: a function or a module
     candidate: Callable[..., Any],  # what may be better
@@ -510,7 +510,7 @@ def _compare(
         for times in (seconds, cpu_seconds)
     )
     verdict, reason = _verdict(judgement, moved, unstable, known["tolerance"])
-    return Evidence(name, verdict, reason, judgement, **known)
+    return Evidence(name, verdict, reason, judgement=judgement, **known)
 
 
 def _verdict(judgement: Judgement, moved: Fidelity, unstable: list[str], tolerance: Tolerance) -> tuple[Verdict, str]:
