@@ -34,7 +34,8 @@ def relink(text: str, base: str) -> str:
         before, link, after = match.groups()
         if re.match(r"[a-z][a-z0-9+.-]*:|#|/", link):
             return match.group(0)
-        return before + base + posixpath.normpath(posixpath.join("nbs", link)) + after
+        kind = base.replace("/blob/", "/raw/") if link.endswith(tuple(PICTURES.values())) else base
+        return before + kind + posixpath.normpath(posixpath.join("nbs", link)) + after
 
     return HTML_LINK.sub(target, LINK.sub(target, text))
 
