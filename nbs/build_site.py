@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import nbdev.doclinks
+import nbdev.processors
 import smalldocs.layout
 import yaml
 from fastcore.nbio import mk_cell, read_nb, write_nb
@@ -32,7 +33,7 @@ from nbdev.processors import FilterDefaults
 from smalldocs.highlight import highlight
 from smalldocs.site import build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, PACKAGE = Path(__file__).resolve().parents[1], "truthgpt_nb"
 NOTEBOOKS, STAGE, VENDOR = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_proc" / "npm"
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")  # of the top folder, shown beside the notebooks
 FILES = (".yml", ".css", ".png", ".jpg", ".gif", ".svg")  # beside notebooks, copied as they are
@@ -45,6 +46,7 @@ NPM = {
     "widgets": ("@jupyter-widgets/html-manager@1.0.15", ("dist/embed.js",)),
 }
 VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
+TITLE = re.compile(r"(?P<title># [^\n]+\s*(?:^>[^\n]*\n?)*)(?P<rest>.*)", flags=re.MULTILINE | re.DOTALL)
 MARKDOWN_LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 HTML_LINK = re.compile(r"""((?:href|src)=["'])([^"']+)(["'])""")
 
@@ -61,12 +63,15 @@ def link_to_ourselves() -> None:
         **d,
         "settings": {**d["settings"], "doc_host": HERE, "doc_baseurl": "/", "git_url": HERE, "branch": "main"},
     }
-    ours = SimpleNamespace(name=ROOT_PACKAGE, load=lambda: index)
-    others = [e for e in nbdev.doclinks.entry_points(group="nbdev") if e.name != ROOT_PACKAGE]
+    ours = SimpleNamespace(name=PACKAGE, load=lambda: index)
+    others = [e for e in nbdev.doclinks.entry_points(group="nbdev") if e.name != PACKAGE]
     nbdev.doclinks.entry_points = lambda group: [*others, ours]
 
 
-ROOT_PACKAGE = "truthgpt_nb"
+def document_in_order() -> None:
+    "Makes nbdev document what one cell defines from top to bottom; its `add_show_docs` goes from bottom to top."
+    names = nbdev.processors._def_names
+    nbdev.processors._def_names = lambda cell, shown: names(cell, shown)[::-1]
 
 
 def page_of(path: Path) -> PurePosixPath | None:
@@ -85,7 +90,7 @@ def relink(text: str, source: Path) -> str:
     def target(match: re.Match) -> str:
         before, link, after = match.groups()
         if link.startswith(HERE):
-            link = re.sub(rf"^{HERE}/blob/main/{ROOT_PACKAGE}/(\w+)\.py", r"/source/\1.html", link).removeprefix(HERE)
+            link = re.sub(rf"^{HERE}/blob/main/{PACKAGE}/(\w+)\.py", r"/source/\1.html", link).removeprefix(HERE)
         parts = urlsplit(link)
         if not parts.path or parts.scheme or link.startswith(("/", "data:", "#")):
             return before + link + after
@@ -105,6 +110,7 @@ def stage_notebook(path: Path, order: int) -> list[str]:
     notes = []
     notebook = read_nb(path)
     saved = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
+    split_title(notebook)
     FilterDefaults()(notebook)
     front = notebook.cells[0]  # the pages keep the order of the notebooks' numbers, which their names lose
     front.source = re.sub(r"^output-file: .*$", f"order: {order}", front.source, flags=re.MULTILINE)
@@ -133,6 +139,15 @@ def stage_notebook(path: Path, order: int) -> list[str]:
     return notes
 
 
+def split_title(notebook) -> None:
+    "Moves what follows title and subtitle in the first cell into a cell of its own: nbdev drops it from the page."
+    first = notebook.cells[0]
+    title = TITLE.match(first.source) if first.cell_type == "markdown" else None
+    if title and title["rest"].strip():
+        first.source = title["title"]
+        notebook.cells.insert(1, mk_cell(title["rest"].strip(), "markdown"))
+
+
 def script(kind: str, value: dict) -> str:
     "Writes a value as JSON that a page carries."
     text = json.dumps(value).replace("</", "<\\/")  # so that no value can end the script
@@ -145,7 +160,7 @@ def stage_source(path: Path) -> None:
     rows = "\n".join(f'<span id="L{n}"><a class="line" href="#L{n}">{n}</a>{line}</span>' for n, line in lines)
     place = STAGE / "source" / f"{path.stem}.md"
     place.parent.mkdir(parents=True, exist_ok=True)
-    front = f'---\ntitle: "{ROOT_PACKAGE}/{path.name}"\nsearch: false\ntoc: false\n---\n'
+    front = f'---\ntitle: "{PACKAGE}/{path.name}"\nsearch: false\ntoc: false\n---\n'
     code = f'<div class="listing-source"><pre class="sourceCode"><code class="sourceCode">{rows}</code></pre></div>'
     place.write_text(f"{front}\n````{{=html}}\n{code}\n````\n", encoding="utf-8")
 
@@ -170,7 +185,7 @@ def stage(paths: list[Path]) -> list[str]:
                 print(f"    note: {note}")
         except Exception as error:  # whatever a notebook raises: it is named, and the build fails
             failures.append(f"{path.relative_to(ROOT)} did not render: {type(error).__name__}: {error}")
-    for path in sorted((ROOT / ROOT_PACKAGE).glob("*.py")):
+    for path in sorted((ROOT / PACKAGE).glob("*.py")):
         if path.stem != "_modidx":
             stage_source(path)
     for name in PAGES:
@@ -299,6 +314,7 @@ def main() -> int:
     os.chdir(ROOT)
     os.environ["IN_TEST"] = "1"  # a notebook exports nothing while its page is made
     link_to_ourselves()
+    document_in_order()
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
     fetch_vendor()
