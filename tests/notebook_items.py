@@ -5,6 +5,7 @@ A notebook runs through nbdev's own runner (`nbdev.test.test_nb`), in this proce
 """
 
 import ast
+import builtins
 import gc
 import json
 import os
@@ -128,6 +129,9 @@ def run(
             self.current = cell
             return super().cell(cell, *args, **kwargs)
 
+        def run(self, *args, **kwargs):
+            return super().run(*args, grace=1, **kwargs)  # seconds that a cell has after its time to stop
+
     def interrupt(signum, frame):
         interrupts.append(signum)
         raise KeyboardInterrupt
@@ -159,13 +163,18 @@ def module_places(path: Path, library: Path) -> dict[str, tuple[str, int]]:
     return places
 
 
+def relative(path: Path) -> str:
+    "Names a notebook from the top folder, if it stands under it."
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def describe(path: Path, shell) -> str:
     "Says which cell of a notebook failed, shows its source and printed output, and the traceback from the cell on."
-    cell, error = shell.current, shell.exc
+    cell, error = shell.current, shell.exc or RuntimeError("the run ended, and not by an error of the cell")
     source = "\n".join(f"    {line}" for line in cell.source.splitlines())
     printed = "".join("".join(out.get("text", "")) for out in cell.get("outputs") or [])
     printed = f"\n\nit had printed:\n{printed.rstrip()}" if printed else ""
-    where = f"{path.relative_to(ROOT)}, cell {cell.idx_ + 1}"
+    where = f"{relative(path)}, cell {cell.idx_ + 1}"
     what = traceback.format_exception_only(error)[-1].strip()
     return f"{what}\n\n{where} (id {cell.get('id', 'none')}):\n\n{source}{printed}\n\n{trace(error, where)}"
 
@@ -189,10 +198,12 @@ def isolated() -> Iterator[None]:
     from IPython.core.interactiveshell import InteractiveShell
 
     main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
+    handler, streams = signal.getsignal(signal.SIGINT), (sys.stdout, sys.stderr)
+    names = {name: vars(builtins).get(name) for name in ("get_ipython", "input", "display", "__IPYTHON__")}
     environ, folder, path, main = dict(os.environ), os.getcwd(), list(sys.path), sys.modules["__main__"]
     shell, hook, chance = InteractiveShell._instance, sys.displayhook, random.getstate()
     restore_torch = torch_state()
+    os.environ["IN_TEST"] = "1"  # nbdev_export does nothing
     try:
         with warnings.catch_warnings():
             yield
@@ -204,6 +215,9 @@ def isolated() -> Iterator[None]:
         os.environ.update(environ)
         sys.path[:], sys.modules["__main__"] = path, main
         InteractiveShell._instance, sys.displayhook = shell, hook
+        sys.stdout, sys.stderr = streams  # a cell that ran out of time still holds these, and the built-in names
+        for name, value in names.items():
+            vars(builtins).pop(name, None) if value is None else setattr(builtins, name, value)
         random.setstate(chance)
         restore_torch()
         if "matplotlib.pyplot" in sys.modules:
