@@ -160,7 +160,7 @@ def stage_source(path: Path) -> None:
     rows = "\n".join(f'<span id="L{n}"><a class="line" href="#L{n}">{n}</a>{line}</span>' for n, line in lines)
     place = STAGE / "source" / f"{path.stem}.md"
     place.parent.mkdir(parents=True, exist_ok=True)
-    front = f'---\ntitle: "{PACKAGE}/{path.name}"\nsearch: false\ntoc: false\n---\n'
+    front = f'---\ntitle: "{PACKAGE}/{path.name}"\nsearch: false\ntoc: false\npage-layout: full\n---\n'
     code = f'<div class="listing-source"><pre class="sourceCode"><code class="sourceCode">{rows}</code></pre></div>'
     place.write_text(f"{front}\n````{{=html}}\n{code}\n````\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ import ast
 import io
 import json
 import re
+import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -23,6 +24,21 @@ from packaging.utils import canonicalize_name
 ROOT, PACKAGE = Path(__file__).resolve().parents[1], "truthgpt_nb"
 NUMBER = re.compile(r"(\d\d)([a-z]?)_")
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)(.*)$", flags=re.MULTILINE)
+
+
+# files
+
+
+def tracked() -> list[str]:
+    "The files of the checkout that git tracks or would take up; without git, those that are not made by a tool."
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        made = re.compile(r"(^|/)(\.(?!ci/|gitignore)|(_proc|_docs|__pycache__|build|dist|[^/]*\.egg-info)/)")
+        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")]
+        names = [name for name in names if not made.search(name)]
+    return sorted(name for name in names if (ROOT / name).is_file())
 
 
 # notebooks

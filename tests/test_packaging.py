@@ -9,7 +9,7 @@ import zipfile
 from configparser import ConfigParser
 
 import pytest
-from house import PACKAGE, ROOT, settings
+from house import PACKAGE, ROOT, settings, tracked
 from packaging.requirements import Requirement
 
 FILES = (f"{PACKAGE}/settings.ini", f"{PACKAGE}/py.typed", f"{PACKAGE}/__init__.py", f"{PACKAGE}/core.py")
@@ -22,16 +22,6 @@ def build(what, folder, out):
     done = subprocess.run([sys.executable, "-c", BUILD, what, str(out)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out / done.stdout.splitlines()[-1]
-
-
-def tracked():
-    "The files of the checkout that git knows or would take up; all of them where there is no git."
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*")]
-    return [name for name in listed if (ROOT / name).is_file()]
 
 
 @pytest.fixture(scope="module")

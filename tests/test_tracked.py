@@ -1,10 +1,9 @@
 """What stands in the files of the repository: nothing of one machine, no registry, no pictographs."""
 
 import re
-import subprocess
 
 import pytest
-from house import ROOT
+from house import ROOT, tracked
 
 TEXT = (".py", ".md", ".toml", ".ini", ".txt", ".in", ".yml", ".yaml", ".css", ".ipynb", ".json", ".cfg", "")
 REGISTRIES = re.compile(r"\b(pypi|pythonhosted|npmjs|debian)\.(org|com)\b")
@@ -23,17 +22,10 @@ def problems(name, text):
     ]
 
 
-def files():
-    "The text files that git tracks."
-    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    names = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
-    return [name for name in names if (ROOT / name).suffix in TEXT]
-
-
 def test_tracked_files_hold_none_of_it():
-    found = [problem for name in files() for problem in problems(name, (ROOT / name).read_text(encoding="utf-8"))]
+    names = [name for name in tracked() if (ROOT / name).suffix in TEXT]
+    assert "tests/test_tracked.py" in names
+    found = [problem for name in names for problem in problems(name, (ROOT / name).read_text(encoding="utf-8"))]
     assert found == []
 
 
