@@ -369,6 +369,12 @@ def pickled(folder):
     as_pickle(folder)
 
 
+def pickle_named_in_config(folder):
+    "transformers would open it although model.safetensors is there and safetensors were asked for."
+    set_config(folder, transformers_weights="adapter_model.bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+
+
 def cut_index(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001')
@@ -422,6 +428,7 @@ refusals = [
     (config_of_another_model, "shapes"),
     (more_layers_than_weights, "must hold every tensor"),
     (pickled, "allow_pickle=True"),
+    (pickle_named_in_config, "allow_pickle=True"),
     (cut_index, "must be readable JSON"),
     (missing_shard, "model-00001-of-00002.safetensors"),
     (index_without_a_map, "weight_map"),
