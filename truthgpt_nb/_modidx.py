@@ -409,6 +409,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'truthgpt_nb/optimization.py'),
                                           'truthgpt_nb.optimization._Watch.leave': ( 'api/optimization.html#_watch.leave',
                                                                                      'truthgpt_nb/optimization.py'),
+                                          'truthgpt_nb.optimization._as_function': ( 'api/optimization.html#_as_function',
+                                                                                     'truthgpt_nb/optimization.py'),
                                           'truthgpt_nb.optimization._bf16': ('api/optimization.html#_bf16', 'truthgpt_nb/optimization.py'),
                                           'truthgpt_nb.optimization._bf16_blocker': ( 'api/optimization.html#_bf16_blocker',
                                                                                       'truthgpt_nb/optimization.py'),
