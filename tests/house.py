@@ -10,10 +10,10 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from itertools import pairwise
 from pathlib import Path
@@ -129,13 +129,17 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def layering_problems(books: list[Notebook]) -> list[str]:
-    "Imports of a module whose notebook does not stand before the importing one."
+    """Imports of a module whose notebook does not stand before the importing one.
+
+    A notebook may show its own finished module before its parts, in a cell that is not exported.
+    """
     places = {book.module: book.place for book in books if book.module}
     problems = []
     for book in books:
         for cell in book.code:
             for line, module in imported_modules(cell.tree):
-                if module in places and places[module] >= book.place:
+                own = module == book.module and not cell.exported
+                if module in places and places[module] >= book.place and not own:
                     text = cell.source.splitlines()[line - 1].strip()
                     problems.append(f"{book.name}, cell {cell.number}, line {line}: {text!r} reads forward")
     return problems
@@ -294,7 +298,7 @@ def settings() -> dict[str, list[Requirement]]:
     return {key: [Requirement(line) for line in value] for key, value in lines.items()}
 
 
-def closure(requirements: list[Requirement]) -> set[str]:
+def closure(requirements: Iterable[Requirement]) -> set[str]:
     "The distributions that requirements bring in, as far as they are installed here."
     found, todo = set(), list(requirements)
     while todo:
@@ -313,11 +317,17 @@ def closure(requirements: list[Requirement]) -> set[str]:
     return found
 
 
+@cache
+def owners_of_modules() -> dict[str, list[str]]:
+    "Which distributions install a top-level module; reading this takes seconds."
+    return dict(packages_distributions())
+
+
 def import_names(distributions: set[str]) -> set[str]:
     "The top-level modules that distributions install."
     return {
         module
-        for module, owners in packages_distributions().items()
+        for module, owners in owners_of_modules().items()
         if {canonicalize_name(owner) for owner in owners} & distributions
     }
 

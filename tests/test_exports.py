@@ -34,7 +34,8 @@ def test_every_export_is_documented(name):
 @each_module
 def test_every_export_is_demonstrated(name):
     shown = demonstrated(BOOKS[name])
-    assert [export for export in exported_names(SOURCES[name]) if export not in shown] == []
+    missing = [export for export in exported_names(SOURCES[name]) if export not in shown]
+    assert missing == [], f"no unexported cell of {BOOKS[name].name} uses them; a private name begins with _"
 
 
 def test_no_name_is_exported_twice():

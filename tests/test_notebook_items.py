@@ -114,10 +114,16 @@ def test_ctrl_c_reaches_pytest(run):
         run("import time\nfor _ in range(200):\n    time.sleep(0.1)")
 
 
+def pytest_run(*arguments, cwd=ROOT):
+    "Runs pytest by itself, without the options that this run may have from the environment."
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
+
+
 def collected(*arguments, cwd=ROOT):
     "What pytest collects."
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True).stdout.splitlines()
+    return pytest_run("--collect-only", "-q", *arguments, cwd=cwd).stdout.splitlines()
 
 
 def test_pytest_collects_every_notebook_once():
@@ -137,10 +143,8 @@ def test_marked_tests_are_skipped_with_the_reason(tmp_path):
     (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (folder / "test_x.py").write_text("import pytest\n@pytest.mark.slow\ndef test_x(): assert False\n")
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {ROOT / 'tests'}\nmarkers = slow: x\n")
-    command = [sys.executable, "-m", "pytest", "-rs", "tests"]
-    skipped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "marked slow: run with --slow" in skipped.stdout
-    assert subprocess.run([*command, "--slow"], cwd=tmp_path, capture_output=True).returncode == 1
+    assert "marked slow: run with --slow" in pytest_run("-rs", "tests", cwd=tmp_path).stdout
+    assert pytest_run("tests", "--slow", cwd=tmp_path).returncode == 1
 
 
 def test_the_package_under_test_is_this_checkout():

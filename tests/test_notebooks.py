@@ -66,6 +66,13 @@ def test_reading_back_is_allowed():
     assert layering_problems([CORE, middle, late, last]) == []
 
 
+def test_a_notebook_may_show_its_own_module_but_not_export_from_it():
+    line = f"from {PACKAGE}.core import require"
+    assert layering_problems([Notebook.of("nbs/api/00_core.ipynb", "#| default_exp core", line)]) == []
+    exported = Notebook.of("nbs/api/00_core.ipynb", "#| default_exp core", f"#| export\n{line}")
+    assert len(layering_problems([exported])) == 1
+
+
 @pytest.mark.parametrize(
     ("book", "problem"),
     [
