@@ -8,6 +8,8 @@ that leads nowhere, or a page that loads anything from outside fails the build.
 
 import argparse
 import html
+import importlib
+import inspect
 import json
 import os
 import posixpath
@@ -26,6 +28,7 @@ import nbdev.doclinks
 import nbdev.processors
 import smalldocs.layout
 import yaml
+from fastcore.docments import _DocmentBase
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev.config import nbpath2html
 from nbdev.doclinks import nbglob
@@ -57,8 +60,7 @@ HTML_LINK = re.compile(r"""((?:href|src)=["'])([^"']+)(["'])""")
 def link_to_ourselves() -> None:
     "Makes nbdev link names in backticks to this checkout's pages, whether or not the package is installed."
     sys.path.insert(0, str(ROOT))
-    from truthgpt_nb._modidx import d
-
+    d = importlib.import_module(f"{PACKAGE}._modidx").d
     index = {
         **d,
         "settings": {**d["settings"], "doc_host": HERE, "doc_baseurl": "/", "git_url": HERE, "branch": "main"},
@@ -72,6 +74,26 @@ def document_in_order() -> None:
     "Makes nbdev document what one cell defines from top to bottom; its `add_show_docs` goes from bottom to top."
     names = nbdev.processors._def_names
     nbdev.processors._def_names = lambda cell, shown: names(cell, shown)[::-1]
+
+
+def document_fields() -> None:
+    "Makes nbdev show what the fields of a class mean: it reads comments only of classes that stand in a module."
+    owners = {
+        symbol.rpartition(".")[2]: module
+        for module, symbols in importlib.import_module(f"{PACKAGE}._modidx").d["syms"].items()
+        for symbol in symbols
+        if symbol.count(".") == module.count(".") + 1
+    }
+    plain = _DocmentBase.__init__
+
+    def documented(self, shown: object) -> None:
+        name = getattr(shown, "__name__", "")
+        known = inspect.isclass(shown) and name in owners
+        plain(self, getattr(importlib.import_module(owners[name]), name) if known else shown)
+        for field, described in getattr(shown, "__pydantic_fields__", {}).items():
+            self.dm[field]["docment"] = described.description
+
+    _DocmentBase.__init__ = documented
 
 
 def page_of(path: Path) -> PurePosixPath | None:
@@ -315,6 +337,7 @@ def main() -> int:
     os.environ["IN_TEST"] = "1"  # a notebook exports nothing while its page is made
     link_to_ourselves()
     document_in_order()
+    document_fields()
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
     fetch_vendor()
