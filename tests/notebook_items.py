@@ -123,14 +123,20 @@ def run(
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
+            self.numbers = {}  # of cells, by what IPython counts
             shells.append(self)
 
         def cell(self, cell, *args, **kwargs):
             self.current = cell
+            self.numbers[self.execution_count] = cell.idx_ + 1
             return super().cell(cell, *args, **kwargs)
 
         def run(self, *args, **kwargs):
-            return super().run(*args, grace=1, **kwargs)  # seconds that a cell has after its time to stop
+            try:
+                return super().run(*args, grace=1, **kwargs)  # seconds that a cell has after its time to stop
+            except Exception as error:  # of what runs the cell: `test_nb` would swallow it
+                self.exc = error
+                raise
 
     def interrupt(signum, frame):
         interrupts.append(signum)
@@ -174,20 +180,21 @@ def describe(path: Path, shell) -> str:
     source = "\n".join(f"    {line}" for line in cell.source.splitlines())
     printed = "".join("".join(out.get("text", "")) for out in cell.get("outputs") or [])
     printed = f"\n\nit had printed:\n{printed.rstrip()}" if printed else ""
-    where = f"{relative(path)}, cell {cell.idx_ + 1}"
+    where, shown = f"{relative(path)}, cell {cell.idx_ + 1}", trace(error, relative(path), shell.numbers)
     what = traceback.format_exception_only(error)[-1].strip()
-    return f"{what}\n\n{where} (id {cell.get('id', 'none')}):\n\n{source}{printed}\n\n{trace(error, where)}"
+    return f"{what}\n\n{where} (id {cell.get('id', 'none')}):\n\n{source}{printed}\n\n{shown}"
 
 
-def trace(error: BaseException, where: str) -> str:
+def trace(error: BaseException, name: str, numbers: dict[int, int]) -> str:
     "Formats the traceback of an error raised in a cell, without the frames of the machinery that ran the cell."
     report = traceback.TracebackException.from_exception(error)
     frames = list(report.stack)
     while frames and set(RUNNER) & set(Path(frames[0].filename).parts):
         del frames[0]
     for frame in frames:
-        if frame.filename.startswith("<ipython-input") or "ipykernel_" in frame.filename:
-            frame.filename = where
+        counted = re.match(r"<ipython-input-(\d+)-", frame.filename)
+        if counted:
+            frame.filename = f"{name}, cell {numbers.get(int(counted[1]), '?')}"
     report.stack[:] = frames
     return "".join(report.format()).rstrip()
 
