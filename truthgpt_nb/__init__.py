@@ -1,1 +1,36 @@
+"""A Jupyter-first workbench where an optimization counts only once it has been measured on your own model"""
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# where each name lives; a module is imported when one of its names is first used, so `import truthgpt_nb` stays light
+_modules = {
+    "CacheManager": "cache",
+    "GenerationConfig": "configs",
+    "EvidenceConfig": "configs",
+    "Tolerance": "configs",
+    "TruthGPTError": "core",
+    "doctor": "devices",
+    "run_demo": "demo",
+    "compare": "evidence",
+    "load_text_model": "models",
+    "PerformanceOptimizer": "optimization",
+    "generation_trial": "optimization",
+    "ModelProfiler": "profiler",
+    "TextGenerator": "text",
+    "TextPanel": "widgets",
+    "ProfilePanel": "widgets",
+}
+__all__ = ["__version__", *sorted(_modules)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_modules[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

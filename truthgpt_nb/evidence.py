@@ -294,7 +294,7 @@ def _is_image(value: Any) -> bool:
 def _image_tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) / 255
 
-# %% ../nbs/api/03_evidence.ipynb #7db3728e
+# %% ../nbs/api/03_evidence.ipynb #e8e22768
 @dataclass(frozen=True)
 class Evidence:
     "What was measured of a candidate, and the verdict."
@@ -322,9 +322,9 @@ class Evidence:
     @property
     def break_even_calls(self) -> float | None:
         "After how many calls the set-up has paid for itself; None when it never does."
-        if not self.seconds or self.speedup is None or self.speedup <= 1:
+        if not self.judgement or self.judgement.verdict != "kept" or not self.seconds:
             return None
-        return self.setup_seconds / (_median(self.seconds["baseline"]) * (1 - 1 / self.speedup))
+        return self.setup_seconds / (_median(self.seconds["baseline"]) * (1 - 1 / self.judgement.speedup))
 
     def table(self) -> Table:  # a row for each measure; baseline and candidate side by side
         "The measures, baseline beside candidate."
