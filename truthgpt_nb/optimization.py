@@ -29,7 +29,7 @@ from .models import TextModel, context_length
 # %% auto #0
 __all__ = ['bf16', 'quantize_dynamic', 'torch_compile', 'channels_last', 'fuse_conv_bn', 'STEPS', 'twin', 'NotApplicable',
            'Trial', 'Step', 'call_model', 'ConvBnPairs', 'find_conv_bn', 'OptimizationReport', 'saved_bytes',
-           'PerformanceOptimizer', 'generation_trial']
+           'PerformanceOptimizer', 'check_optimizations', 'generation_trial']
 
 # %% ../nbs/api/12_optimization.ipynb #4ff17f41
 def twin(
@@ -429,7 +429,7 @@ def _figure(report: OptimizationReport) -> Any:
     axis.margins(x=0.2)
     return figure
 
-# %% ../nbs/api/12_optimization.ipynb #6d4afba3
+# %% ../nbs/api/12_optimization.ipynb #58079776
 STEPS: dict[str, Step] = {
     step.name: step for step in (fuse_conv_bn, channels_last, bf16, quantize_dynamic, torch_compile)
 }
@@ -479,7 +479,7 @@ class PerformanceOptimizer:
         measure: Callable[[Any, Any], Fidelity] = fidelity,  # holds outputs on the sample against the original's
     ) -> nn.Module:  # the optimized model in eval mode, or the very same object when nothing was kept
         "Try each step, keep what helps, and write `report`."
-        names = _checked_names(optimizations, compile_mode)
+        names = check_optimizations(optimizations, compile_mode)
         if not isinstance(model, nn.Module):
             raise InputError("model", "must be a torch module", model, "Pass the model itself.")
         forward = None if sample is None else lambda model: call_model(model, sample)
@@ -493,7 +493,11 @@ class PerformanceOptimizer:
         return search.best
 
 
-def _checked_names(optimizations: Sequence[str] | None, compile_mode: str) -> list[str]:
+def check_optimizations(
+    optimizations: Sequence[str] | None,  # names of steps; all of them when not given
+    compile_mode: str = "default",  # of torch.compile
+) -> list[str]:  # the names
+    "Refuse names and modes that do not exist."
     if isinstance(optimizations, str):
         raise InputError("optimizations", "must be a list of names", optimizations, f"Pass [{optimizations!r}].")
     names = list(STEPS) if optimizations is None else list(optimizations)
