@@ -76,6 +76,21 @@ def document_in_order() -> None:
     nbdev.processors._def_names = lambda cell, shown: names(cell, shown)[::-1]
 
 
+def run_only_exports() -> None:
+    """Keeps nbdev from running demonstrations that import something, in a namespace without the cells before them.
+
+    Exported code is complete in itself, so running it is enough for what the pages say of it.
+    """
+    runs = nbdev.processors._do_eval
+    exported = {"export", "exports", "exporti", "exec_doc"}
+
+    def wanted(cell) -> bool:
+        asked = exported & (cell.directives_ or {}).keys() or "show_doc(" in (cell.source or "")
+        return bool(asked and runs(cell))
+
+    nbdev.processors._do_eval = wanted
+
+
 def document_fields() -> None:
     "Makes nbdev show what the fields of a class mean: it reads comments only of classes that stand in a module."
     owners = {
@@ -338,6 +353,7 @@ def main() -> int:
     link_to_ourselves()
     document_in_order()
     document_fields()
+    run_only_exports()
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
     fetch_vendor()

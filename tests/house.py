@@ -159,19 +159,6 @@ def form_problems(book: Notebook) -> list[str]:
     return [f"{book.name}: {problem}" for problem in problems]
 
 
-def mixed_import_problems(book: Notebook) -> list[str]:
-    "Cells of a module's notebook that import and do other things at top level: the site runs them out of context."
-    problems = []
-    for cell in book.code if book.module else []:
-        if cell.exported or "hide" in cell.directives or cell.directives.get("eval") == ": false":
-            continue
-        inside = [n for n in ast.walk(cell.tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-        others = [n for n in cell.tree.body if not isinstance(n, ast.Import | ast.ImportFrom)]
-        if inside and others:
-            problems.append(f"{book.name}, cell {cell.number}, line {inside[0].lineno}: import in a cell of its own")
-    return problems
-
-
 # modules
 
 
@@ -275,6 +262,26 @@ def demonstrated(book: Notebook) -> set[str]:
         ]
         names -= {ast.unparse(node) for node in shown}
     return names
+
+
+def demonstrated_exports(source: str, shown: set[str]) -> set[str]:
+    "The exports that are shown, and the types that what is shown takes, holds or gives back."
+    exports = set(exported_names(source))
+    definitions = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    types = {name for name in exports if not isinstance(definitions.get(name), ast.FunctionDef)}
+    found, todo = set(), exports & shown
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        if name in definitions:
+            todo |= (annotated(definitions[name]) & types) - found
+    return found
+
+
+def annotated(definition: ast.AST) -> set[str]:
+    "The names in the annotations of a function, or of the fields and methods of a class."
+    annotations = [getattr(node, "annotation", None) or getattr(node, "returns", None) for node in ast.walk(definition)]
+    return {node.id for note in filter(None, annotations) for node in ast.walk(note) if isinstance(node, ast.Name)}
 
 
 def clashes(sources: dict[str, str]) -> list[str]:

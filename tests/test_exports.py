@@ -11,6 +11,7 @@ from house import (
     clashes,
     closure,
     demonstrated,
+    demonstrated_exports,
     documentation_problems,
     exported_names,
     foreign_imports,
@@ -33,7 +34,7 @@ def test_every_export_is_documented(name):
 
 @each_module
 def test_every_export_is_demonstrated(name):
-    shown = demonstrated(BOOKS[name])
+    shown = demonstrated_exports(SOURCES[name], demonstrated(BOOKS[name]))
     missing = [export for export in exported_names(SOURCES[name]) if export not in shown]
     assert missing == [], f"no unexported cell of {BOOKS[name].name} uses them; a private name begins with _"
 
@@ -133,6 +134,19 @@ def test_missing_documentation_is_found():
 def test_missing_demonstrations_are_found():
     book = Notebook.of("x", "#| export\nf = g = h = 1", "show_doc(f)", "g(1)", "m.h")
     assert demonstrated(book) & {"f", "g", "h"} == {"g", "h"}
+
+
+def test_a_type_is_demonstrated_by_what_gives_it_back_and_a_function_is_not():
+    source = """
+__all__ = ["f", "g", "Given", "Field", "Other"]
+Field = int
+class Given:
+    size: Field
+class Other: ...
+def f(x: int) -> list[Given]: ...
+def g() -> Other: ...
+"""
+    assert demonstrated_exports(source, {"f"}) == {"f", "Given", "Field"}
 
 
 def test_a_name_exported_twice_is_found():

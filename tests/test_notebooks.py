@@ -11,7 +11,6 @@ from house import (
     Notebook,
     form_problems,
     layering_problems,
-    mixed_import_problems,
     notebook_paths,
     notebooks,
 )
@@ -30,11 +29,6 @@ def test_a_module_reads_only_lower_numbers():
 @pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
 def test_title_subtitle_and_name(book):
     assert form_problems(book) == []
-
-
-@pytest.mark.parametrize("book", [book for book in BOOKS if book.module], ids=lambda book: book.name)
-def test_imports_stand_in_cells_of_their_own(book):
-    assert mixed_import_problems(book) == []
 
 
 CORE = Notebook.of("nbs/api/00_core.ipynb", "# core\n\n> s", "#| default_exp core")
@@ -85,13 +79,6 @@ def test_a_notebook_may_show_its_own_module_but_not_export_from_it():
 )
 def test_a_broken_form_is_found(book, problem):
     assert any(problem in found for found in form_problems(book))
-
-
-def test_a_mixed_import_is_found():
-    book = Notebook.of(
-        "nbs/api/00_core.ipynb", "#| default_exp core", "import os\n\nx = os.sep", "#| export\nimport os\nx = 1"
-    )
-    assert len(mixed_import_problems(book)) == 1
 
 
 @pytest.fixture(scope="module")
