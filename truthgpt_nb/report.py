@@ -11,7 +11,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from .core import InputError, write_whole
+from .core import InputError, Table, write_whole
 
 # %% auto #0
 __all__ = ['Verbatim', 'Report']
