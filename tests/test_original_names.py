@@ -1,5 +1,9 @@
 """The calls of the original system, as they were written there, on the embedded models."""
 
+from torch import nn
+
+from truthgpt_nb.models import load_text_model
+from truthgpt_nb.optimization import PerformanceOptimizer
 from truthgpt_nb.text import TextGenerator
 
 
@@ -10,3 +14,12 @@ def test_text_generator(tmp_path):
     assert generator.generate("Once upon a time", max_new_tokens=8) == text
     assert generator.stats().hits_memory == 1
     generator.cache.close()
+
+
+def test_performance_optimizer():
+    model = load_text_model("tiny-english").model
+    optimized = PerformanceOptimizer().optimize_model(
+        model=model, optimizations=["quantize_dynamic", "channels_last"], compile_mode="default"
+    )
+    assert isinstance(optimized, nn.Module)
+    assert optimized is not model
