@@ -30,7 +30,7 @@ def gpt2():
 
 
 def conv_net():
-    block = lambda: torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())  # noqa: E731
+    block = lambda: torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
     return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), block(), block(), torch.nn.AdaptiveAvgPool2d(1))
 
 
@@ -304,7 +304,7 @@ def test_a_second_profiler_is_refused_and_the_first_goes_on():
 
 def test_peak_counts_only_what_the_call_holds():
     model = torch.nn.Linear(1, 1)
-    take = lambda megabytes: torch.empty(megabytes * MB, dtype=torch.uint8)  # noqa: E731
+    take = lambda megabytes: torch.empty(megabytes * MB, dtype=torch.uint8)
     profile = ModelProfiler(model).profile(lambda: (take(10), None)[1] or take(20))
     assert 20 * MB <= profile.memory.peak_bytes < 21 * MB
 
