@@ -1,4 +1,4 @@
-"""The `truthgpt` command as a user meets it: in a process of its own, with wrong input, interrupted, on a real model."""
+"""The `truthgpt` command in a process of its own: wrong input, pipes, interruption, a second run, a real model."""
 
 import json
 import os

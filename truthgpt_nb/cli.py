@@ -279,7 +279,7 @@ def _version(
         _tell(f"{__version__}\n")
         raise typer.Exit
 
-# %% ../nbs/api/21_cli.ipynb #decd8569
+# %% ../nbs/api/21_cli.ipynb #53961284
 def main(
     arguments: list[str] | None = None,  # as typed after `truthgpt`; those of the process when not given
 ) -> None:  # always ends by raising SystemExit
@@ -294,12 +294,8 @@ def main(
     except TruthGPTError as error:
         _say(f"truthgpt: {' '.join(str(error).split())}\n")
         code = 2
-    except (KeyboardInterrupt, typer.Abort):
+    if code == 130:
         _say("\ntruthgpt: interrupted\n")
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; that is no error of ours
-        code = 141
     sys.exit(code)
 
 

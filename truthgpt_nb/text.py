@@ -21,17 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from truthgpt_nb.cache import (
-    CacheManager,
-    CacheStats,
-    response_key,
-    tokenizer_fingerprint,
-    uncacheable_reason,
-    weights_fingerprint,
-)
+from .cache import CacheManager, CacheStats
 from .configs import GenerationConfig
 from .core import CacheError, InputError, format_seconds
 from .devices import device_of, evaluating
+from .fingerprint import response_key, tokenizer_fingerprint, uncacheable_reason, weights_fingerprint
 from .models import TextModel, as_text_model, context_length, load_text_model
 
 # %% auto #0
