@@ -73,7 +73,7 @@ def given(
         if name in names and v not in (None, [])
     }
 
-# %% ../nbs/api/21_cli.ipynb #7f307613
+# %% ../nbs/api/21_cli.ipynb #e9e8548f
 app = typer.Typer(
     name="truthgpt",
     help="Run, profile and optimize language models, and keep only what was measured to help.",
@@ -148,8 +148,9 @@ def generate(
     from truthgpt_nb.cache import CacheManager
     from truthgpt_nb.text import TextGenerator
 
+    text_model = _load(model, settings)
     with nullcontext() if no_cache else CacheManager(cache_dir) as cache:
-        generator = TextGenerator(_load(model, settings), use_cache=not no_cache, cache=cache)
+        generator = TextGenerator(text_model, use_cache=not no_cache, cache=cache)
         if as_json:
             _tell(json.dumps([result.to_dict() for result in generator.run(prompts, **chosen)], indent=2) + "\n")
         elif len(prompts) == 1 and sys.stdout.isatty():
