@@ -709,7 +709,10 @@ def test_gguf_weights_and_tokens(tiny_gguf, home):
     }
     assert context_length(loaded.model) == 96
     assert loaded.tokenizer("ab").input_ids == [257]
-    assert loaded.tokenizer.decode(loaded.tokenizer("naïve 🙂").input_ids) == "naïve 🙂"
+    assert (
+        loaded.tokenizer.decode(loaded.tokenizer("naïve \N{SLIGHTLY SMILING FACE}").input_ids)
+        == "naïve \N{SLIGHTLY SMILING FACE}"
+    )
     assert load_text_model(path.parent).source.kind == "gguf", "a folder with one GGUF file and nothing else"
     assert load_text_model(path, dtype="bfloat16").model.dtype == torch.bfloat16
 

@@ -22,8 +22,7 @@ from .configs import CacheConfig, EvidenceConfig, GenerationConfig, ModelConfig,
 from .core import InputError, TruthGPTError
 
 # %% auto #0
-__all__ = ['F', 'app', 'cache_app', 'with_options', 'given', 'demo', 'generate', 'optimize', 'profile', 'doctor', 'stats',
-           'verify', 'clear', 'main']
+__all__ = ['F', 'with_options', 'given', 'main']
 
 # %% ../nbs/api/21_cli.ipynb #630b68d2
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,8 +72,8 @@ def given(
         if name in names and v not in (None, [])
     }
 
-# %% ../nbs/api/21_cli.ipynb #e9e8548f
-app = typer.Typer(
+# %% ../nbs/api/21_cli.ipynb #cd0de095
+_app = typer.Typer(
     name="truthgpt",
     help="Run, profile and optimize language models, and keep only what was measured to help.",
     no_args_is_help=True,
@@ -83,10 +82,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(
+_cache = typer.Typer(
     help="Look at the cache of answers, check it, empty it.", no_args_is_help=True, rich_markup_mode=None
 )
-app.add_typer(cache_app, name="cache")
+_app.add_typer(_cache, name="cache")
 
 _MODEL = typer.Option("tiny-english", "--model", "-m", help="an embedded model, a folder, a .gguf file or a hub id")
 _OUT = typer.Option("truthgpt-report", "--out", "-o", help="the folder for the report; made when missing")
@@ -115,8 +114,8 @@ def _load(model: str, settings: dict[str, Any]) -> Any:
     return load_text_model(model, **given(settings, ModelConfig))
 
 
-@app.command()
-def demo(
+@_app.command("demo")
+def _demo(
     model: str = _MODEL,
     out: str = _OUT,
     optimizations: str | None = _STEPS,
@@ -129,9 +128,9 @@ def demo(
     run_demo(model, out=out, max_new_tokens=max_new_tokens, optimizations=_names(optimizations), echo=_tell)
 
 
-@app.command()
+@_app.command("generate")
 @with_options(GenerationConfig, ModelConfig, leave_out=("name_or_path",))
-def generate(
+def _generate(
     prompt: list[str] = typer.Argument(
         None, help="what to continue; several are written in a batch; none: read from standard input"
     ),
@@ -169,9 +168,9 @@ def _standard_input() -> str:
     return sys.stdin.read().rstrip("\n")
 
 
-@app.command()
+@_app.command("optimize")
 @with_options(EvidenceConfig, ModelConfig, leave_out=("name_or_path",))
-def optimize(
+def _optimize(
     model: str = _MODEL,
     optimizations: str | None = _STEPS,
     text: Path | None = typer.Option(
@@ -204,9 +203,9 @@ def _read_text(path: Path) -> str:
         raise InputError("--text", "must be a text file in UTF-8", str(path), f"{error}.") from None
 
 
-@app.command()
+@_app.command("profile")
 @with_options(ProfileConfig, ModelConfig, leave_out=("name_or_path",))
-def profile(
+def _profile(
     prompt: str = typer.Argument("Once upon a time", help="what to continue"),
     model: str = _MODEL,
     max_new_tokens: int = typer.Option(16, help="how many tokens to write"),
@@ -231,12 +230,12 @@ def profile(
     _tell(found.to_json() + "\n" if as_json else "\n\n".join(map(repr, shown)) + "\n")
 
 
-@app.command()
-def doctor(as_json: bool = _JSON) -> None:
+@_app.command("doctor")
+def _doctor(as_json: bool = _JSON) -> None:
     "Show what this machine can do, and why not where it cannot."
-    from truthgpt_nb.devices import doctor as examine
+    from truthgpt_nb.devices import doctor
 
-    found = examine()
+    found = doctor()
     _tell(json.dumps(found.to_dict(), indent=2) + "\n" if as_json else f"{found!r}\n")
 
 
@@ -249,30 +248,30 @@ def _existing_cache(cache_dir: str) -> Any:
     return CacheManager(cache_dir)
 
 
-@cache_app.command()
-def stats(cache_dir: str = _CACHE_DIR, as_json: bool = _JSON) -> None:
+@_cache.command("stats")
+def _stats(cache_dir: str = _CACHE_DIR, as_json: bool = _JSON) -> None:
     "Show how much a cache holds."
     with _existing_cache(cache_dir) as cache:
         found = cache.stats()
         _tell(json.dumps(found.to_dict(), indent=2) + "\n" if as_json else f"{found!r}\n")
 
 
-@cache_app.command()
-def verify(cache_dir: str = _CACHE_DIR) -> None:
+@_cache.command("verify")
+def _verify(cache_dir: str = _CACHE_DIR) -> None:
     "Check each entry of a cache against its checksum."
     with _existing_cache(cache_dir) as cache:
         _tell(f"{cache.verify()!r}\n")
 
 
-@cache_app.command()
-def clear(cache_dir: str = _CACHE_DIR) -> None:
+@_cache.command("clear")
+def _clear(cache_dir: str = _CACHE_DIR) -> None:
     "Empty a cache; a database that cannot be read is renamed, not deleted."
     from truthgpt_nb.cache import clear_cache
 
     _tell(f"{clear_cache(cache_dir)}\n")
 
-# %% ../nbs/api/21_cli.ipynb #963925b2
-@app.callback(invoke_without_command=True)
+# %% ../nbs/api/21_cli.ipynb #15470487
+@_app.callback(invoke_without_command=True)
 def _version(
     version: bool = typer.Option(False, "--version", help="print the version and stop", is_eager=True),
 ) -> None:
@@ -280,14 +279,14 @@ def _version(
         _tell(f"{__version__}\n")
         raise typer.Exit
 
-# %% ../nbs/api/21_cli.ipynb #53961284
+# %% ../nbs/api/21_cli.ipynb #3e2dd1ee
 def main(
     arguments: list[str] | None = None,  # as typed after `truthgpt`; those of the process when not given
 ) -> None:  # always ends by raising SystemExit
     "Run the command line."
     warnings.showwarning = _show_warning
     try:
-        code = app(arguments, prog_name="truthgpt", standalone_mode=False)
+        code = _app(arguments, prog_name="truthgpt", standalone_mode=False)
     except TyperException as error:
         message = error.format_message()
         _say(message + "\n" if "\n" in message else f"truthgpt: {message}\n")
