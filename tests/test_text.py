@@ -4,10 +4,13 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +287,15 @@ def test_the_models_own_defaults_do_not_leak(llama, plain, capfd):
         drawn.tokens == plain.run("a", 4, do_sample=True, temperature=2.0, top_k=5, top_p=0.9, min_p=0.1, seed=1).tokens
     )
     assert capfd.readouterr() == ("", "")  # transformers logs to stderr
+
+
+def test_dropout_is_off_while_writing():
+    model, tokenizer = model_of("gpt2"), byte_tokenizer()
+    generator = TextGenerator(model, tokenizer, use_cache=False)
+    expected = generator.run(PROMPTS, 16)
+    model.train()
+    assert [one.tokens for one in generator.run(PROMPTS, 16)] == [one.tokens for one in expected]
+    assert all(module.training for module in model.modules())
 
 
 def test_an_adapter_is_written_with_and_put_back(tmp_path):
@@ -588,6 +600,23 @@ def test_the_worker_ends_with_the_stream():
 
     assert next(TextStream(write)) == "a"  # dropped at once
     assert threading.active_count() == before
+
+
+OPEN_AT_EXIT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_text import TextGenerator, byte_tokenizer, model_of
+generator = TextGenerator(model_of("gpt2"), byte_tokenizer(), use_cache=False)
+stream = generator.stream("abc", 120)
+next(stream)
+print("leaving", generator.model.training)
+"""
+
+
+def test_python_may_end_while_a_stream_is_open():
+    script = OPEN_AT_EXIT.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving False\n", "")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
