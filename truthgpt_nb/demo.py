@@ -30,7 +30,7 @@ __all__ = ['PROMPTS', 'DRAWN', 'PARAGRAPH', 'Writing', 'write_twice', 'same_cont
 # %% ../nbs/api/20a_demo.ipynb #2a02ab91
 PROMPTS = ("Once upon a time", "The captain of the ship", "My dear sister,")
 
-DRAWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "seed": 0}
+DRAWN: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "seed": 0}
 
 PARAGRAPH = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
