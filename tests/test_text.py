@@ -1,0 +1,687 @@
+"""What would bore a reader of 09_text: each architecture, each stop string, each way to interrupt."""
+
+import os
+import random
+import signal
+import sqlite3
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from test_models import byte_tokenizer, llama_config, random_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+
+from truthgpt_nb import text as text_module
+from truthgpt_nb.cache import CacheManager
+from truthgpt_nb.core import CacheError, ConfigError, InputError
+from truthgpt_nb.text import GeneratedText, TextGenerator, TextStream
+
+SIZE = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+WIDE, KV = {"intermediate_size": 64}, {"num_key_value_heads": 2}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZE, **WIDE, **KV, max_position_embeddings=128),
+    "gpt2": transformers.GPT2Config(**SIZE, n_positions=128),
+    "qwen2": transformers.Qwen2Config(**SIZE, **WIDE, **KV, max_position_embeddings=128),
+    "qwen3": transformers.Qwen3Config(**SIZE, **WIDE, **KV, head_dim=8, max_position_embeddings=128),
+    "gemma": transformers.GemmaConfig(**SIZE, **WIDE, **KV, head_dim=8, max_position_embeddings=128),
+    "gpt_neox": transformers.GPTNeoXConfig(**SIZE, **WIDE, max_position_embeddings=128),
+    "opt": transformers.OPTConfig(**SIZE, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128),
+    "phi": transformers.PhiConfig(**SIZE, **WIDE, max_position_embeddings=128),
+    "mistral": transformers.MistralConfig(**SIZE, **WIDE, **KV, sliding_window=9, max_position_embeddings=128),
+}
+PROMPTS = ["a", "the second of the prompts", "of", "x" * 60, "naïve 🙂", "the second of the", " ", "Once upon a time"]
+
+
+def model_of(name, seed=0):
+    "A random model whose next-token distributions are sharp enough to make few near ties."
+    model = random_model(CONFIGS[name], seed).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4)
+    return model
+
+
+def reference(model, tokenizer, prompt, new, ends, **settings):
+    "The tokens that transformers writes for a prompt alone, without the end."
+    row = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**row, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0, **settings)
+    tokens = out[0, row.input_ids.shape[1] :].tolist()
+    return tokens[:-1] if tokens and tokens[-1] in ends else tokens
+
+
+def gap(model, tokenizer, prompt, tokens):
+    "How far apart the two likeliest next tokens are, computed in float64."
+    ids = torch.tensor([tokenizer(prompt).input_ids + tokens])
+    with torch.no_grad():
+        best = model.double()(ids).logits[0, -1].topk(2).values
+    model.float()
+    return float(best[0] - best[1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_list_gives_the_tokens_of_each_alone(name, penalty):
+    model, tokenizer = model_of(name), byte_tokenizer()
+    free = [reference(model, tokenizer, p, 24, [300], repetition_penalty=penalty) for p in PROMPTS]
+    ends = sorted({0, free[1][5], free[4][2]})  # two rows end early, at least
+    model.generation_config.eos_token_id = ends
+    expected = [reference(model, tokenizer, p, 24, ends, repetition_penalty=penalty) for p in PROMPTS]
+    assert len({len(tokens) for tokens in expected}) > 1
+    generator = TextGenerator(model, tokenizer, use_cache=False)
+    ties = 0
+    for size in (8, 3, 1):
+        written = generator.run(PROMPTS, 24, batch_size=size, repetition_penalty=penalty)
+        for prompt, one, tokens in zip(PROMPTS, written, expected, strict=True):
+            if one.tokens != tokens:  # an error, unless float64 says that the two next tokens are as good as equal
+                same = next((n for n, (a, b) in enumerate(zip(one.tokens, tokens, strict=False)) if a != b), None)
+                assert same is not None and penalty == 1.0, (prompt, one.tokens, tokens)
+                assert gap(model, tokenizer, prompt, tokens[:same]) < 1e-4
+                ties += 1
+            assert one.finish_reason == ("length" if len(tokens) == 24 else "stop")
+    assert ties <= 1
+
+
+def test_the_end_is_not_penalised_by_padding():
+    # the padding is the end-of-text token: a penalty that saw it would keep short prompts from ending
+    model, tokenizer = model_of("llama"), byte_tokenizer(pad_token="<|end|>")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = model.get_output_embeddings().weight.abs().max() * torch.sign(
+            model.get_output_embeddings().weight[0]
+        )
+    generator = TextGenerator(model, tokenizer, use_cache=False)
+    settings = {"max_new_tokens": 40, "repetition_penalty": 3.0}
+    together = [one.tokens for one in generator.run(PROMPTS, **settings)]
+    assert together == [generator.run(prompt, **settings).tokens for prompt in PROMPTS]
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama():
+    "It writes printable ASCII and does not end by itself, so that a stream has a piece for each token."
+    model = model_of("llama")
+    with torch.no_grad():
+        for row in (slice(0, 1), slice(95, None)):
+            model.lm_head.weight[row] = 0
+    return model
+
+
+@pytest.fixture
+def plain(llama):
+    return TextGenerator(llama, byte_tokenizer(), use_cache=False)
+
+
+def test_a_seed_gives_the_same_text_in_any_company(plain):
+    settings = {"max_new_tokens": 20, "do_sample": True, "temperature": 2.0, "top_p": 0.99, "min_p": 0.001, "seed": 5}
+    alone = {prompt: plain.run(prompt, **settings).tokens for prompt in PROMPTS}
+    for size, order in ((16, PROMPTS), (16, PROMPTS[::-1]), (3, random.Random(0).sample(PROMPTS, len(PROMPTS)))):
+        together = plain.run(order, batch_size=size, **settings)
+        assert {one.prompt: one.tokens for one in together} == alone
+    assert plain.run("a", **settings | {"seed": 6}).tokens != alone["a"]
+    assert "".join(plain.stream("a", **settings)) == plain.generate("a", **settings)
+
+
+def test_the_distribution_is_that_of_the_model(plain, monkeypatch):
+    numbers = random.Random(1)  # unseeded calls take fresh seeds: here they are fixed, so that the test is
+    monkeypatch.setattr(text_module.secrets, "randbits", numbers.getrandbits)
+    drawn = plain.run(["the"] * 3000, 1, do_sample=True, temperature=3.0, top_k=8, batch_size=1000)
+    with torch.no_grad():
+        logits = plain.model(torch.tensor([plain.tokenizer("the").input_ids])).logits[0, -1]
+    best = (logits / 3).topk(8)
+    expected = dict(zip(best.indices.tolist(), (best.values.softmax(0) * 3000).tolist(), strict=True))
+    counts = dict.fromkeys(expected, 0)
+    for one in drawn:
+        counts[one.tokens[0] if one.tokens else 0] += 1  # no token but the end, and a KeyError for one that is cut off
+    chi_square = sum((counts[token] - e) ** 2 / e for token, e in expected.items())
+    assert chi_square < 24.3  # 7 degrees of freedom, 0.999
+    assert min(expected.values()) > 5
+
+
+def test_unseeded_texts_differ_and_leave_the_random_state_alone(plain):
+    state = torch.random.get_rng_state()
+    drawn = plain.run(["a"] * 8, 12, do_sample=True, temperature=5.0)
+    assert len({tuple(one.tokens) for one in drawn}) == 8
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- from tokens to text ---------------------------------------------------------------------------------------------
+
+
+def by_hand(tokenizer, ids, stops):
+    "The text of ids, cut at the first stop string to be completed by a token."
+    for n in range(1, len(ids) + 1):
+        so_far = tokenizer.decode(ids[:n])
+        whole = so_far if n == len(ids) else so_far.rstrip("\ufffd")
+        found = [whole.find(stop) for stop in stops if stop in whole]
+        if found:
+            return whole[: min(found)], True
+    return tokenizer.decode(ids), False
+
+
+def test_readers_against_decoding_at_once():
+    tokenizer, choose = byte_tokenizer(), random.Random(0)
+    for _ in range(300):
+        whole = "".join(choose.choices("ab é🙂", k=choose.randint(0, 24)))
+        stops = ["".join(choose.choices("ab é🙂", k=choose.randint(1, 4))) for _ in range(choose.randint(0, 3))]
+        ids = tokenizer(whole).input_ids
+        reader = text_module._Reader(tokenizer, tokenizer("🙂 prompt").input_ids, stops)
+        pieces = []
+        for token in ids:
+            if reader.finish_reason is None:
+                pieces.append(reader.take(token))
+                shown = "".join(pieces)
+                assert not shown.endswith("\ufffd")
+                assert all(stop not in shown for stop in stops)
+        pieces.append(reader.finish("length"))
+        text, stopped = by_hand(tokenizer, ids, stops)
+        assert ("".join(pieces), reader.text) == (text, text), (whole, stops)
+        assert reader.finish_reason == ("stop" if stopped else "length")
+        assert tokenizer.decode(reader.tokens).startswith(text.rstrip("\ufffd"))
+        assert not stopped or len(reader.tokens) <= len(tokenizer(text).input_ids)  # one byte a token: none too many
+
+
+def test_what_cannot_begin_a_stop_string_is_shown_at_once():
+    tokenizer = byte_tokenizer()
+    reader = text_module._Reader(tokenizer, [], ["\n\n", "END"])
+    assert [reader.take(token) for token in tokenizer("aE\nb").input_ids] == ["a", "", "E", "\nb"]
+
+
+def test_broken_bytes_end_as_replacement_characters():
+    tokenizer = byte_tokenizer()
+    half = tokenizer("🙂").input_ids[:2]
+    reader = text_module._Reader(tokenizer, [], [])
+    assert [reader.take(token) for token in [*half, *tokenizer("a").input_ids]] == [
+        "",
+        "",
+        tokenizer.decode(half) + "a",
+    ]
+    reader = text_module._Reader(tokenizer, [], ["\ufffd"])
+    assert [reader.take(token) for token in half] == ["", ""]
+    assert (reader.finish("length"), reader.finish_reason, reader.tokens) == ("", "stop", [])
+
+
+def test_a_word_keeps_the_space_before_it():
+    words = {"<unk>": 0, "▁Hello": 1, "▁world": 2, "s": 3}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode([2]) == "world"  # what a decoding without the prompt would give
+    reader = text_module._Reader(tokenizer, [1], [])
+    assert [reader.take(token) for token in (2, 3, 2)] == [" world", "s", " world"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_stop_strings_end_each_row_for_itself(plain, length):
+    free = plain.run(PROMPTS, 24)
+    stop = free[1].text[4 : 4 + length]
+    expected = []
+    for one in free:
+        cut, stopped = by_hand(plain.tokenizer, one.tokens, [stop])
+        expected.append((cut, "stop" if stopped else one.finish_reason))
+    written = plain.run(PROMPTS, 24, stop=stop)
+    assert [(one.text, one.finish_reason) for one in written] == expected
+    assert expected[1][1] == "stop"
+    for prompt, one in zip(PROMPTS, written, strict=True):
+        stream = plain.stream(prompt, 24, stop=[stop])
+        assert ("".join(stream), stream.result.tokens) == (one.text, one.tokens)
+        assert plain.tokenizer.decode(one.tokens).rstrip("\ufffd").startswith(one.text.rstrip("\ufffd"))
+
+
+def test_several_ends(llama):
+    tokenizer = byte_tokenizer()
+    free = reference(llama, tokenizer, "abc", 20, [300])
+    for end in ([free[3]], [free[7], free[3]]):
+        with changed(llama.generation_config, eos_token_id=end):
+            one = TextGenerator(llama, tokenizer, use_cache=False).run("abc", 20)
+        assert (one.tokens, one.finish_reason) == (free[: free.index(free[3])], "stop")
+
+
+@contextmanager
+def changed(thing, **values):
+    before = {name: getattr(thing, name) for name in values}
+    thing.__dict__.update(values)
+    try:
+        yield
+    finally:
+        thing.__dict__.update(before)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_the_models_own_defaults_do_not_leak(llama, plain, capfd):
+    expected = plain.run(PROMPTS, 16)
+    leaking = {"do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.1, "repetition_penalty": 5.0}
+    leaking |= {"num_beams": 3, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(1, 200)), "max_length": 3}
+    leaking |= {"min_new_tokens": 16, "typical_p": 0.2}
+    with changed(llama.generation_config, **leaking), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = llama.generation_config.to_dict()
+        written = plain.run(PROMPTS, 16)
+        drawn = plain.run("a", 4, do_sample=True, temperature=2.0, top_k=5, top_p=0.9, min_p=0.1, seed=1)
+        assert llama.generation_config.to_dict() == own
+    assert [one.tokens for one in written] == [one.tokens for one in expected]
+    assert (
+        drawn.tokens == plain.run("a", 4, do_sample=True, temperature=2.0, top_k=5, top_p=0.9, min_p=0.1, seed=1).tokens
+    )
+    assert capfd.readouterr() == ("", "")  # transformers logs to stderr
+
+
+def test_an_adapter_is_written_with_and_put_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = model_of("llama", seed=3)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    own = base.generation_config
+    with TextGenerator(model, byte_tokenizer(), cache_dir=tmp_path).cache as cache:
+        generator = TextGenerator(model, byte_tokenizer(), cache=cache)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.mul_(30 if "lora" in name else 1)
+        first = generator.run("abc", 12)
+        with model.disable_adapter():
+            without = generator.run("abc", 12)
+        assert (generator.run("abc", 12).cached, without.cached) == (True, False)
+        assert first.tokens != without.tokens
+    assert base.generation_config is own
+
+
+def test_autocast_reaches_the_stream_and_the_key(tmp_path):
+    generator = TextGenerator(model_of("llama"), byte_tokenizer(), cache_dir=tmp_path)
+    types = []
+
+    def write(call):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call()
+
+    real = text_module._Watch.__call__
+    try:
+        text_module._Watch.__call__ = lambda *a, **k: types.append(torch.is_autocast_enabled("cpu")) or real(*a, **k)
+        stream = write(lambda: generator.stream("abc", 3))
+        list(stream)
+    finally:
+        text_module._Watch.__call__ = real
+    assert set(types) == {True} and not stream.result.cached
+    assert not generator.run("abc", 3).cached
+    assert write(lambda: generator.run("abc", 3)).cached
+    generator.cache.close()
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generator(llama, tmp_path):
+    generator = TextGenerator(llama, byte_tokenizer(), cache_dir=tmp_path / "answers")
+    yield generator
+    generator.cache.close()
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    "How many rows each run of the model had."
+    counted, real = [], TextGenerator._run_model
+    monkeypatch.setattr(
+        TextGenerator, "_run_model", lambda self, jobs, call: counted.append(len(jobs)) or real(self, jobs, call)
+    )
+    return counted
+
+
+def test_only_what_is_missing_is_written_and_the_order_kept(generator, rows):
+    alone = {prompt: generator.run(prompt, 8) for prompt in PROMPTS[:3]}
+    del rows[:]
+    asked = ["new", *PROMPTS[:3], "other", "new"]
+    written = generator.run(asked, 8)
+    assert rows == [2]
+    assert [one.prompt for one in written] == asked
+    assert [one.cached for one in written] == [False, True, True, True, False, False]
+    assert [one.text for one in written[1:4]] == [alone[prompt].text for prompt in PROMPTS[:3]]
+    assert written[0] == written[5]
+    assert [one.cached for one in generator.run(asked, 8)] == [True] * 6
+    assert rows == [2]
+
+
+def test_a_hundred_prompts_in_batches(generator, rows):
+    prompts = [f"{'word ' * (n * 7 % 5)}{n}" for n in range(100)]
+    texts = generator.generate(prompts, 4, batch_size=16)
+    assert rows == [16] * 6 + [4]
+    assert texts == [generator.generate(prompt, 4, batch_size=16) for prompt in prompts]
+    assert len(rows) == 7
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_new_tokens": 7}, {"stop": "x"}, {"repetition_penalty": 1.1}, {"do_sample": True}]
+)
+def test_other_settings_are_other_answers(generator, change):
+    settings = {"max_new_tokens": 6}
+    assert not generator.run("a", **settings).cached
+    assert not generator.run("a", **settings | change).cached
+    assert generator.run("a", **settings).cached
+
+
+def test_a_changed_weight_is_another_answer(llama, generator):
+    generator.run("a", 4)
+    llama.lm_head.weight.data.mul_(2)
+    assert not generator.run("a", 4).cached
+    llama.lm_head.weight.data.div_(2)
+    assert generator.run("a", 4).cached
+
+
+def test_an_answer_that_cannot_be_kept_is_returned(llama, tmp_path):
+    class Full(CacheManager):
+        def put(self, *args, **kwargs):
+            raise CacheError("cache_dir", "must have room", "full", "Free some space.")
+
+    with Full(tmp_path) as cache:
+        generator = TextGenerator(llama, byte_tokenizer(), cache=cache)
+        with pytest.warns(UserWarning, match="could not be kept: cache_dir must have room") as said:
+            texts = generator.generate(["a", "b"], 4, batch_size=1)
+        assert len(said) == 1 and len(texts) == 2
+
+
+def test_a_model_with_a_strange_hook_is_not_cached(llama, generator):
+    hook = llama.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    try:
+        with pytest.warns(UserWarning, match="answers are not cached: a forward hook") as said:
+            assert [generator.run("hook", 4).cached for _ in range(2)] == [False, False]
+        assert len(said) == 1
+    finally:
+        hook.remove()
+    assert generator.stats().puts == 0
+
+
+def test_a_stream_and_a_call_share_their_answers(generator):
+    stream = generator.stream("abc", 12)
+    pieces = list(stream)
+    assert len(pieces) > 1 and "" not in pieces
+    again = generator.run("abc", 12)
+    assert (again.cached, again.text, again.tokens) == (True, "".join(pieces), stream.result.tokens)
+    second = generator.stream("abc", 12)
+    assert "".join(second) == again.text and second.result.cached
+
+
+def test_without_a_cache_nothing_is_written(plain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TextGenerator(plain.model, plain.tokenizer, use_cache=False).generate("a", 2)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CacheError, match="use_cache must be True"):
+        plain.stats()
+
+
+def test_a_folder_that_cannot_be_used(llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=r"must be a folder, not a file"):
+        TextGenerator(llama, byte_tokenizer(), cache_dir=tmp_path / "file")
+    (tmp_path / "cache.sqlite").write_text("notes" * 1000)
+    with pytest.raises(CacheError, match="undamaged database"):
+        TextGenerator(llama, byte_tokenizer(), cache_dir=tmp_path)
+
+
+def test_a_locked_database_costs_the_cache_not_the_answer(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("truthgpt_nb.cache._BUSY_SECONDS", 0.1)
+    with CacheManager(tmp_path) as cache:
+        generator = TextGenerator(llama, byte_tokenizer(), cache=cache)
+        other = sqlite3.connect(tmp_path / "cache.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.warns(UserWarning, match="must be free within"):
+            assert generator.generate("a", 4)
+        other.execute("ROLLBACK")
+        other.close()
+        assert not generator.run("a", 4).cached
+        assert generator.run("a", 4).cached
+
+
+# --- ending early ----------------------------------------------------------------------------------------------------
+
+
+def steps_of(monkeypatch, also=lambda n: None):
+    "Counts the tokens that the model writes, and does something at each."
+    counted, real = [], text_module._Watch.__call__
+
+    def watch(*args, **kwargs):
+        counted.append(threading.current_thread())
+        also(len(counted))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(text_module._Watch, "__call__", watch)
+    return counted
+
+
+def test_a_break_ends_the_writing(generator, monkeypatch):
+    steps = steps_of(monkeypatch, lambda n: time.sleep(0.01))
+    generator.model.train()
+    for n, _ in enumerate(generator.stream("abc", 60)):
+        if n == 2:
+            break
+    count = len(steps)
+    assert count < 30 and not steps[0].is_alive()
+    assert generator.model.training
+    generator.model.eval()
+    assert generator.stats().puts == 0
+    assert not generator.run("abc", 60).cached
+
+
+@pytest.mark.parametrize("way", ["close", "with", "cancel", "other thread"])
+def test_each_way_to_close_a_stream(generator, monkeypatch, way):
+    steps, cancel = steps_of(monkeypatch, lambda n: time.sleep(0.01)), threading.Event()
+    stream = generator.stream("abc", 60, cancel=cancel)
+    first = next(stream)
+    if way == "with":
+        with stream:
+            pass
+    elif way == "cancel":
+        cancel.set()
+    elif way == "other thread":
+        thread = threading.Thread(target=stream.close)
+        thread.start()
+        thread.join()
+    else:
+        stream.close()
+    at_close = len(steps)
+    assert list(stream) == [] and stream.result is None
+    assert len(steps) <= at_close + 1 and not steps[0].is_alive()
+    assert generator.stats().puts == 0
+    assert generator.generate("abc", 60).startswith(first)
+
+
+def test_a_stream_that_is_never_read_costs_nothing(generator, monkeypatch):
+    steps = steps_of(monkeypatch)
+    stream = generator.stream("abc")
+    stream.close()
+    assert (list(stream), steps) == ([], [])
+
+
+def test_closing_twice_and_after_the_end(generator):
+    stream = generator.stream("abc", 4)
+    text = "".join(stream)
+    result = stream.result
+    stream.close()
+    stream.close()
+    assert (list(stream), stream.result) == ([], result)
+    assert isinstance(result, GeneratedText) and result.text == text
+
+
+def test_an_error_of_the_model_reaches_the_reader(generator, monkeypatch):
+    def fail(n):
+        if n % 4 == 0:
+            raise ZeroDivisionError
+
+    generator.model.train()
+    own = generator.model.generation_config
+    with monkeypatch.context() as patch:
+        steps_of(patch, fail)
+        stream = generator.stream("abc", 20)
+        with pytest.raises(ZeroDivisionError):
+            list(stream)
+        with pytest.raises(ZeroDivisionError):
+            generator.run(["abc", "d"], 20)
+    assert generator.model.training and generator.model.generation_config is own
+    generator.model.eval()
+    assert generator.stats().puts == 0
+    assert generator.run("abc", 20).tokens
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ctrl_c(generator, monkeypatch, streaming):
+    def interrupt(n):
+        if n == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    with monkeypatch.context() as patch:
+        steps = steps_of(patch, interrupt)
+        write = (
+            (lambda: list(generator.stream("abc", 60))) if streaming else (lambda: generator.generate(["abc", "d"], 60))
+        )
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert len(steps) < 30
+    assert generator.stats().puts == 0
+    assert generator.run("abc", 60).cached is False
+    assert not any(thread.is_alive() for thread in steps if thread is not threading.main_thread())
+
+
+def test_a_call_waits_for_a_stream(generator, monkeypatch):
+    inside, most, real = [], [], TextGenerator._run_model
+
+    def nested(self, jobs, call):
+        with self._lock:
+            inside.append(1)
+            most.append(len(inside))
+            done = real(self, jobs, call)
+            inside.pop()
+            return done
+
+    monkeypatch.setattr(TextGenerator, "_run_model", nested)
+    stream = generator.stream("abc", 30)
+    first = next(stream)
+    other = generator.generate("d", 10)
+    assert first + "".join(stream) == generator.generate("abc", 30)
+    assert other == generator.generate("d", 10) and max(most) == 1
+
+
+def test_the_worker_ends_with_the_stream():
+    before = threading.active_count()
+
+    def write(show, stopped):
+        show("a")
+        while not stopped():
+            time.sleep(0.001)
+
+    assert next(TextStream(write)) == "a"  # dropped at once
+    assert threading.active_count() == before
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ("", {}, InputError, "prompt must not be empty"),
+    (None, {}, InputError, "prompt must be a string"),
+    (7, {}, InputError, "prompt must be a string"),
+    (b"abc", {}, InputError, "prompt must be a string"),
+    ({"a": 1}, {}, InputError, "prompt must be a string"),
+    (["a", ""], {}, InputError, r"prompt\[1\] must not be empty"),
+    (["a", None], {}, InputError, r"prompt\[1\] must be a string"),
+    (["a", ["b"]], {}, InputError, r"prompt\[1\] must be a string"),
+    ("\ud800", {}, InputError, "prompt must be valid Unicode"),
+    ("x" * 128, {}, InputError, "prompt must be shorter than the context of 128 tokens"),
+    ("x" * 5000, {}, InputError, "got '5000 tokens'"),
+    ("x" * 100, {}, InputError, "28 remain, got 64. Pass 28 or less"),
+    (["a", "x" * 100], {}, InputError, r"prompt\[1\] takes 100 of 128"),
+    ("a", {"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
+    ("a", {"max_new_tokens": -5}, ConfigError, "max_new_tokens"),
+    ("a", {"max_new_tokens": 10**9}, ConfigError, "max_new_tokens"),
+    ("a", {"max_new_tokens": 1000}, InputError, "max_new_tokens must fit into the context"),
+    ("a", {"max_new_tokens": 2.5}, ConfigError, "max_new_tokens"),
+    ("a", {"max_new_tokens": "8"}, ConfigError, "max_new_tokens"),
+    ("a", {"max_new_tokens": None}, ConfigError, "max_new_tokens"),
+    ("a", {"max_new_tokens": True}, ConfigError, "max_new_tokens"),
+    ("a", {"temprature": 0.5}, ConfigError, "Did you mean 'temperature'"),
+    ("a", {"temperature": 0.5}, ConfigError, "do_sample=True"),
+    ("a", {"do_sample": True, "top_p": 1.5}, ConfigError, "top_p"),
+    ("a", {"stop": ""}, ConfigError, "stop"),
+    ("a", {"stop": [1]}, ConfigError, "stop"),
+    ("a", {"batch_size": 0}, ConfigError, "batch_size"),
+    ("", {"seed": -1}, ConfigError, "seed"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "settings", "kind", "message"), REFUSED)
+def test_refusals_come_before_the_model(generator, monkeypatch, prompt, settings, kind, message):
+    monkeypatch.setattr(TextGenerator, "_run_model", lambda *_: pytest.fail("the model ran"))
+    for call in (generator.generate, generator.run):
+        with pytest.raises(kind, match=message):
+            call(prompt, **settings)
+    if not isinstance(prompt, list) and isinstance(prompt, str):
+        with pytest.raises(kind, match=message):
+            generator.stream(prompt, **settings)
+    stats = generator.stats()
+    assert (stats.puts, stats.entries_disk) == (0, 0)
+
+
+def test_an_empty_list_and_a_context_filled_to_the_last(generator):
+    assert generator.generate([]) == [] and generator.run(()) == []
+    assert len(generator.run("x" * 100, 28, stop="never").tokens) <= 28
+
+
+def test_prompts_that_give_nothing_or_the_unknown(llama):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["beyond"])
+    with pytest.raises(InputError, match="must give ids below 257"):
+        TextGenerator(llama, tokenizer, use_cache=False).generate("beyond")
+    backend = Tokenizer(WordLevel({"a": 0}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(InputError, match="must give at least one token"):
+        TextGenerator(llama, words, use_cache=False).generate("  ")
+
+
+TALK = [{"role": "user", "content": "hi"}]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('roles must be user or assistant') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_chats(llama, tmp_path):
+    tokenizer = byte_tokenizer()
+    generator = TextGenerator(llama, tokenizer, use_cache=False)
+    with pytest.raises(InputError, match="tokenizer must have a chat template"):
+        generator.chat(TALK)
+    tokenizer.chat_template = TEMPLATE
+    reply = generator.chat(TALK, 16)
+    assert reply == generator.generate("<user>hi<assistant>", 16)
+    assert "".join(generator.stream(TALK, 16)) == reply
+    with pytest.raises(InputError, match="roles must be user or assistant"):
+        generator.chat([{"role": "bad", "content": "x"}])
+    for wrong in ([], None, "hi", ["hi"], [{"role": "user"}], [TALK[0], {"role": "user", "content": None}]):
+        with pytest.raises(InputError, match="messages"):
+            generator.chat(wrong)
+        if not isinstance(wrong, str):
+            with pytest.raises(InputError, match="messages"):
+                generator.stream(wrong)
+
+
+def test_what_names_the_model(llama, tmp_path):
+    with pytest.raises(InputError, match="dtype and device are for a model given by name"):
+        TextGenerator(llama, byte_tokenizer(), use_cache=False, dtype="bfloat16")
+    with pytest.raises(InputError, match="tokenizer must be"):
+        TextGenerator(llama, use_cache=False)
+    random_model(llama_config()).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = TextGenerator(str(tmp_path), use_cache=False, dtype="bfloat16")
+    assert loaded.model.dtype == torch.bfloat16 and isinstance(loaded.generate("a", 4), str)
+
+
+def test_results_are_plain_data(plain):
+    import json
+
+    one = plain.run("<b>", 4)
+    assert json.loads(json.dumps(one.to_dict()))["tokens"] == one.tokens
+    assert "&lt;b&gt;" in one._repr_html_() and repr(one).startswith("<b>")
