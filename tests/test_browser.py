@@ -82,6 +82,9 @@ def jupyterlab(folder):
     "A JupyterLab of its own on `folder/work`, without the user's settings; gone at the end, with its kernels."
     port, log = free_port(), folder / "jupyterlab.log"
     homes = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+    settings = folder / "jupyter_config_dir" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     homes |= {"TRUTHGPT_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -194,6 +197,7 @@ def test_the_panels_of_tutorial_01(lab, tmp_path):
         assert written.inner_text() == answer
 
         panel.get_by_text("Settings").click()
+        expect(panel.locator('[title^="how many tokens to write at most"]').first).to_be_visible()
         tokens = panel.get_by_label("max_new_tokens")
         tokens.fill("-3")
         tokens.press("Tab")
