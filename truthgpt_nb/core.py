@@ -129,7 +129,7 @@ def format_ratio(
     digits = 0 if ratio >= 100 else 1 if ratio >= 10 else 3 if 0.9 < ratio < 1.1 else 2
     return f"{ratio:,.{digits}f}×"
 
-# %% ../nbs/api/00_core.ipynb #7158bdfa
+# %% ../nbs/api/00_core.ipynb #76e8780b
 class Table:
     "Rows of named values that show themselves in a notebook and in a terminal."
 
@@ -178,8 +178,8 @@ class Table:
             + "</tr>"
             for row in self._cells()
         )
-        caption = f'<caption style="text-align:left"><b>{html.escape(self.title)}</b></caption>' if self.title else ""
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        title = f"<p><b>{html.escape(self.title)}</b></p>" if self.title else ""
+        return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def _is_numeric(self, column: str) -> bool:
         cells = [_cell(row.get(column)) for row in self.rows]

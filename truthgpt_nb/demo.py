@@ -27,7 +27,7 @@ from .text import TextGenerator
 # %% auto #0
 __all__ = ['PROMPTS', 'DRAWN', 'PARAGRAPH', 'Writing', 'write_twice', 'same_continuations', 'DemoResult', 'run_demo']
 
-# %% ../nbs/api/20a_demo.ipynb #2a02ab91
+# %% ../nbs/api/20a_demo.ipynb #df18d1d2
 PROMPTS = ("Once upon a time", "The captain of the ship", "My dear sister,")
 
 DRAWN: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "seed": 0}
@@ -199,7 +199,7 @@ def _save(result: DemoResult, folder: Path) -> None:
     write_whole(folder / "report.json", json.dumps(result.to_dict(), indent=2))
     result.report().save(folder / "report.html")
 
-# %% ../nbs/api/20a_demo.ipynb #afefceb5
+# %% ../nbs/api/20a_demo.ipynb #c72ff25a
 def _page(result: DemoResult) -> Report:
     writing, optimization, env = result.writing, result.optimization, environment()
     name = result.text_model.source.name
@@ -229,7 +229,7 @@ def _page(result: DemoResult) -> Report:
         *([optimization.figure()] if timed else []),
     )
     for evidence in timed:
-        page.add(f"The evidence: {evidence.name}", evidence.table(), evidence.figure())
+        page.add(f"The evidence: {evidence.name}", evidence.table(), evidence.figure(), folded=True)
     share = result.identical.metrics["identical"]
     page.add(
         "What it writes now",

@@ -16,7 +16,7 @@ from .core import InputError, write_whole
 # %% auto #0
 __all__ = ['Verbatim', 'Report']
 
-# %% ../nbs/api/13a_report.ipynb #52762199
+# %% ../nbs/api/13a_report.ipynb #b00c1853
 class Verbatim:
     "A text that keeps its lines, with an optional dimmed beginning such as a prompt."
 
@@ -42,22 +42,22 @@ class Report:
         title: str,  # the heading of the page
         summary: str = "",  # a sentence below it
     ):
-        self.title, self.summary, self._sections = title, summary, []  # type: str, str, list[tuple[str, list[str]]]
+        self.title, self.summary = title, summary
+        self._sections: list[tuple[str, str, bool]] = []
 
     def add(
         self,
         heading: str,  # of the section
         *parts: Any,  # strings, matplotlib figures and whatever has _repr_html_
+        folded: bool = False,  # whether the section opens only when its heading is clicked
     ) -> Report:  # itself, so that calls can follow each other
         "Add a section."
-        self._sections.append((heading, [_as_html(part) for part in parts]))
+        self._sections.append((heading, "".join(map(_as_html, parts)), folded))
         return self
 
     def to_html(self) -> str:  # a whole document; refers to nothing outside itself
         "The page."
-        sections = "".join(
-            f"<section><h2>{html.escape(heading)}</h2>{''.join(parts)}</section>" for heading, parts in self._sections
-        )
+        sections = "".join(_section(*section) for section in self._sections)
         title, summary = html.escape(self.title), f"<p>{html.escape(self.summary)}</p>" if self.summary else ""
         return _PAGE.format(title=title, style=_STYLE, body=f"<h1>{title}</h1>{summary}{sections}")
 
@@ -73,7 +73,14 @@ class Report:
         return path
 
     def _repr_html_(self) -> str:
-        return "".join(f"<h4>{html.escape(heading)}</h4>{''.join(parts)}" for heading, parts in self._sections)
+        return "".join(_section(*section) for section in self._sections)
+
+
+def _section(heading: str, body: str, folded: bool) -> str:
+    title = html.escape(heading)
+    if folded:
+        return f"<details><summary>{title}</summary>{body}</details>"
+    return f"<section><h2>{title}</h2>{body}</section>"
 
 
 def _as_html(part: Any) -> str:
@@ -100,7 +107,8 @@ main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; margin: .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 table { border-collapse: collapse; font-size: .86rem; margin: .6rem 0 1rem; font-variant-numeric: tabular-nums; }
-caption { padding: .3rem 0; text-align: left; }
+details { margin: .8rem 0; }
+summary { cursor: pointer; font-weight: 600; }
 th, td { padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; }
 img { max-width: 100%; height: auto; }
