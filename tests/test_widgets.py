@@ -303,7 +303,8 @@ def test_cancel_stops_the_model_itself(generator):
             three.set()
             assert cancelled.wait(LIMIT)
 
-    cancelled, panel = threading.Event(), TextPanel(generator, prompt="The ship sailed", max_new_tokens=200)
+    plain = TextGenerator(generator.text_model, use_cache=False)
+    cancelled, panel = threading.Event(), TextPanel(plain, prompt="The ship sailed", max_new_tokens=200)
     hook = generator.model.register_forward_pre_hook(count)
     try:
         panel.start()
