@@ -21,9 +21,9 @@ from .devices import pick_device, synchronize
 # %% auto #0
 __all__ = ['recording', 'peak_memory', 'allocations']
 
-# %% ../nbs/api/02a_allocation.ipynb #f7efec57
+# %% ../nbs/api/02a_allocation.ipynb #1b9b1d3d
 _one_profiler = threading.Lock()
-_chatter = (b"USDT:", b"Memory block of unknown size")
+_chatter = (b"USDT:", b"Memory block of unknown size", b"External init callback must run")
 
 
 @contextmanager
