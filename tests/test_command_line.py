@@ -67,15 +67,28 @@ def test_prompts_come_from_the_standard_input_and_output_can_be_piped(tmp_path):
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
-    command = subprocess.Popen([*COMMAND, "doctor"], cwd=tmp_path, env=ENVIRONMENT, stdout=-1, stderr=-1)
+    command = subprocess.Popen(
+        [*COMMAND, "doctor"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     command.stdout.close()
     assert b"Traceback" not in command.stderr.read()
     command.wait(60)
 
 
+def heed_ctrl_c():
+    "A shell that starts a command in the background lets it ignore Ctrl-C, and tests inherit that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_the_demo_in_one_line_and_leaves_no_half_report(tmp_path):
     command = subprocess.Popen(
-        [*COMMAND, "demo", "--optimizations", "bf16"], cwd=tmp_path, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+        [*COMMAND, "demo", "--optimizations", "bf16"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
     for line in command.stdout:  # until it is at work on the model
         if "Profiling" in line:
