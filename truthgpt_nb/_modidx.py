@@ -483,6 +483,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'truthgpt_nb.optimization._bf16': ('api/optimization.html#_bf16', 'truthgpt_nb/optimization.py'),
                                           'truthgpt_nb.optimization._bf16_blocker': ( 'api/optimization.html#_bf16_blocker',
                                                                                       'truthgpt_nb/optimization.py'),
+                                          'truthgpt_nb.optimization._calls': ( 'api/optimization.html#_calls',
+                                                                               'truthgpt_nb/optimization.py'),
                                           'truthgpt_nb.optimization._cast': ('api/optimization.html#_cast', 'truthgpt_nb/optimization.py'),
                                           'truthgpt_nb.optimization._channels_last': ( 'api/optimization.html#_channels_last',
                                                                                        'truthgpt_nb/optimization.py'),

@@ -303,7 +303,7 @@ def _is_image(value: Any) -> bool:
 def _image_tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) / 255
 
-# %% ../nbs/api/03_evidence.ipynb #e8e22768
+# %% ../nbs/api/03_evidence.ipynb #f3d689a8
 @dataclass(frozen=True)
 class Evidence:
     "What was measured of a candidate, and the verdict."
@@ -331,7 +331,7 @@ class Evidence:
     @property
     def break_even_calls(self) -> float | None:
         "After how many calls the set-up has paid for itself; None when it never does."
-        if not self.judgement or self.judgement.verdict != "kept" or not self.seconds:
+        if self.verdict != "kept" or not self.judgement or not self.seconds:
             return None
         return self.setup_seconds / (_median(self.seconds["baseline"]) * (1 - 1 / self.judgement.speedup))
 
