@@ -132,11 +132,12 @@ def browser_page(picture):
             browser.close()
 
 
-def without_slow_cells(path):
-    "The notebook as it stands in the repository, without outputs and without the cells that need a real model."
+def as_a_reader_finds_it(path):
+    "The notebook without outputs, without its slow cells, and without those that fill the panels in for the site."
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    slow = {cell.number for cell in Notebook.read(path).code if "slow" in cell.directives}
-    notebook["cells"] = [cell for number, cell in enumerate(notebook["cells"], 1) if number not in slow]
+    code = Notebook.read(path).code
+    out = {cell.number for cell in code if "slow" in cell.directives or "panel.start()" in cell.source}
+    notebook["cells"] = [cell for number, cell in enumerate(notebook["cells"], 1) if number not in out]
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell |= {"outputs": [], "execution_count": None}
@@ -172,7 +173,7 @@ def panel_of(page, words, name):
 def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     (folder / "work").mkdir()
-    (folder / "work" / TUTORIAL.name).write_text(without_slow_cells(TUTORIAL), encoding="utf-8")
+    (folder / "work" / TUTORIAL.name).write_text(as_a_reader_finds_it(TUTORIAL), encoding="utf-8")
     with jupyterlab(folder) as url:
         yield url
 
