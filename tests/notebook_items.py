@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = ("slow", "network", "cuda")
+FLAGS = ("slow", "network", "cuda", "benchmark")
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "nbs"
 RUNNER = ("nbdev", "execnb", "IPython", "asyncio", "fastcore", "concurrent")  # frames of these only say how a cell ran

@@ -13,7 +13,7 @@ import notebook_items
 import pytest
 from house import PACKAGE, ROOT, notebook_paths
 
-FLAGS = ["cuda", "slow", "network"]
+FLAGS = ["cuda", "slow", "network", "benchmark"]
 
 
 @pytest.fixture
