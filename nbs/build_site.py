@@ -46,10 +46,11 @@ NPM = {
         "katex@0.16.11",
         ("dist/katex.min.css", "dist/katex.min.js", "dist/contrib/auto-render.min.js", "dist/fonts/*.woff2"),
     ),
-    "widgets": ("@jupyter-widgets/html-manager@1.0.15", ("dist/embed.js",)),
+    "widgets": ("@jupyter-widgets/html-manager@1.0.15", ("dist/embed.js", "dist/*.woff2")),
 }
 VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
 TITLE = re.compile(r"(?P<title># [^\n]+\s*(?:^>[^\n]*\n?)*)(?P<rest>.*)", flags=re.MULTILINE | re.DOTALL)
+UNIT = re.compile(r"(?<=\d) (?=(?:[nµm]?s|[KMG]?i?B)\b)|(?<=→) ")  # the spaces in "→ 1.5 ms": no line ends there
 MARKDOWN_LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 HTML_LINK = re.compile(r"""((?:href|src)=["'])([^"']+)(["'])""")
 
@@ -62,12 +63,26 @@ def link_to_ourselves() -> None:
     sys.path.insert(0, str(ROOT))
     d = importlib.import_module(f"{PACKAGE}._modidx").d
     index = {
-        **d,
+        "syms": {
+            module: {name: place_of(name, *at) for name, at in syms.items()} for module, syms in d["syms"].items()
+        },
         "settings": {**d["settings"], "doc_host": HERE, "doc_baseurl": "/", "git_url": HERE, "branch": "main"},
     }
     ours = SimpleNamespace(name=PACKAGE, load=lambda: index)
     others = [e for e in nbdev.doclinks.entry_points(group="nbdev") if e.name != PACKAGE]
     nbdev.doclinks.entry_points = lambda group: [*others, ours]
+
+
+def place_of(symbol: str, page: str, code: str) -> str | tuple[str, str]:
+    """Gives where a name in backticks leads, and its code.
+
+    A method is explained under its class, so it leads there; a private name has no heading and leads to its code.
+    """
+    name = symbol.removeprefix(code.removesuffix(".py").replace("/", ".") + ".")
+    if name.startswith("_"):
+        return f"{HERE}/blob/main/{code}#L{nbdev.doclinks._lineno(name, code)}"
+    top, _, method = name.partition(".")
+    return (page.partition("#")[0] + f"#{top.lower()}" if method else page, code)
 
 
 def document_in_order() -> None:
@@ -155,10 +170,14 @@ def stage_notebook(path: Path, order: int) -> list[str]:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, path)
-        for output in cell.get("outputs", []):
+        outputs = cell.get("outputs", [])
+        if any(output.get("name") == "stderr" for output in outputs):
+            notes.append(f"{path.name}: what a cell wrote to stderr (warnings, progress) is left out")
+            cell.outputs = outputs = [output for output in outputs if output.get("name") != "stderr"]
+        for output in outputs:
             data = output.get("data", {})
             for kind in {"text/markdown", "text/html"} & set(data):
-                data[kind] = relink("".join(data[kind]), path)
+                data[kind] = UNIT.sub("\N{NO-BREAK SPACE}", relink("".join(data[kind]), path))
             if VIEW in data:
                 model = data.pop(VIEW)["model_id"]
                 if model in saved and has_vendor("widgets"):
@@ -167,7 +186,7 @@ def stage_notebook(path: Path, order: int) -> list[str]:
                 else:
                     notes.append(f"{path.name}: a widget is shown as text (its state was not saved, or no npm)")
     if shown:
-        state = script(STATE, {"version_major": 2, "version_minor": 0, "state": saved})
+        state = script(STATE, {"version_major": 2, "version_minor": 0, "state": reachable(saved, shown)})
         loader = '<script src="/site_libs/widgets/embed.js" defer></script>'
         notebook.cells.append(mk_cell(f"````{{=html}}\n{state}\n{loader}\n````", "markdown"))
     destination = STAGE / page_of(path)
@@ -183,6 +202,15 @@ def split_title(notebook) -> None:
     if title and title["rest"].strip():
         first.source = title["title"]
         notebook.cells.insert(1, mk_cell(title["rest"].strip(), "markdown"))
+
+
+def reachable(models: dict, shown: list[str]) -> dict:
+    "Gives the widgets that are shown and those that they are made of; a notebook saves every widget it ever made."
+    found, new = set(), set(shown)
+    while new:
+        found |= new
+        new = set(re.findall(r"IPY_MODEL_(\w+)", json.dumps([models[name] for name in new]))) & models.keys() - found
+    return {name: model for name, model in models.items() if name in found}
 
 
 def script(kind: str, value: dict) -> str:
@@ -283,7 +311,8 @@ def fetch_vendor() -> None:
 
 def has_vendor(name: str) -> bool:
     "Says whether a thing from npm is at hand."
-    return (VENDOR / name / "files").is_dir()
+    wanted = (PurePosixPath(pattern).relative_to("dist") for pattern in NPM[name][1])
+    return all(any((VENDOR / name / "files").glob(str(pattern))) for pattern in wanted)
 
 
 # after smalldocs

@@ -149,3 +149,40 @@ def test_text_after_the_title_is_kept():
     found = build_site.TITLE.match("# core\n\n> One line\n\nThe problem.\n\n> a quotation")
     assert found["title"].strip() == "# core\n\n> One line"
     assert found["rest"].strip() == "The problem.\n\n> a quotation"
+
+
+@pytest.mark.parametrize(
+    ("symbol", "wanted"),
+    [
+        ("truthgpt_nb.cache.CacheManager", ("api/cache.html#cachemanager", "truthgpt_nb/cache.py")),
+        ("truthgpt_nb.cache.CacheManager.get", ("api/cache.html#cachemanager", "truthgpt_nb/cache.py")),
+    ],
+)
+def test_a_method_leads_to_its_class(symbol, wanted):
+    page = f"api/cache.html#{symbol.removeprefix('truthgpt_nb.cache.').lower()}"
+    assert build_site.place_of(symbol, page, "truthgpt_nb/cache.py") == wanted
+
+
+def test_a_private_name_leads_to_its_code():
+    place = build_site.place_of("truthgpt_nb.text._Reader", "api/text.html#_reader", "truthgpt_nb/text.py")
+    line = int(place.removeprefix(f"{build_site.HERE}/blob/main/truthgpt_nb/text.py#L"))
+    code = (ROOT / "truthgpt_nb" / "text.py").read_text(encoding="utf-8").splitlines()
+    assert code[line - 1].startswith("class _Reader")
+
+
+def test_a_page_carries_only_the_widgets_that_it_shows():
+    models = {
+        "a": {"state": {"children": ["IPY_MODEL_b"]}},
+        "b": {"state": {"layout": "IPY_MODEL_c", "other": "IPY_MODEL_a"}},
+        "c": {"state": {"width": "IPY_MODEL_gone"}},
+        "d": {"state": {"children": ["IPY_MODEL_a"], "value": "/somebody/s/folder"}},
+    }
+    assert list(build_site.reachable(models, ["a"])) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines_may_end"),
+    [("1.5 ms", 0), ("15.3 MiB → 7.64 MiB", 1), ("3 calls", 1), ("12 B", 0), ("2 settings", 1), ("1 s", 0)],
+)
+def test_a_number_stays_with_its_unit(text, lines_may_end):
+    assert build_site.UNIT.sub("\N{NO-BREAK SPACE}", text).count(" ") == lines_may_end

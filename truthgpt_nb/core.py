@@ -183,7 +183,11 @@ class Table:
 
     def _is_numeric(self, column: str) -> bool:
         cells = [_cell(row.get(column)) for row in self.rows]
-        return any(cells) and all(not cell or cell.lstrip("-+±<≤ ")[:1].isdigit() or cell == "–" for cell in cells)
+        return any(cells) and all(cell in ("", "–") or _is_number(cell) for cell in cells)
+
+
+def _is_number(cell: str) -> bool:  # "15.3 MiB → 7.64 MiB" is one, a sentence that begins with a number is not
+    return len(cell) < 30 and cell.lstrip("-+±<≤ ")[:1].isdigit()
 
 
 def _cell(value: Any) -> str:
