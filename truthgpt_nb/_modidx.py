@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'truthgpt_nb/core.py'),
                                   'truthgpt_nb.core.TruthGPTError.__str__': ('api/core.html#truthgpterror.__str__', 'truthgpt_nb/core.py'),
                                   'truthgpt_nb.core._cell': ('api/core.html#_cell', 'truthgpt_nb/core.py'),
+                                  'truthgpt_nb.core._is_number': ('api/core.html#_is_number', 'truthgpt_nb/core.py'),
                                   'truthgpt_nb.core._umask': ('api/core.html#_umask', 'truthgpt_nb/core.py'),
                                   'truthgpt_nb.core.file_digest': ('api/core.html#file_digest', 'truthgpt_nb/core.py'),
                                   'truthgpt_nb.core.format_bytes': ('api/core.html#format_bytes', 'truthgpt_nb/core.py'),
