@@ -41,7 +41,7 @@ PARAGRAPH = (
     "with a fair face, on the throne of France."
 )
 
-# %% ../nbs/api/20a_demo.ipynb #228ed8ed
+# %% ../nbs/api/20a_demo.ipynb #681db191
 @dataclass(frozen=True)
 class Writing:
     "What a model wrote, and how long it took the first and the second time."
@@ -65,7 +65,7 @@ class Writing:
                 "times as fast": ratio,
             },
         ]
-        return Table(rows, f"{len(self.prompts)} prompts, {self.tokens} tokens")
+        return Table(rows, f"prompts: {len(self.prompts)}, tokens written: {self.tokens}")
 
 
 def write_twice(
