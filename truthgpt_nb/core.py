@@ -100,13 +100,13 @@ def require(
             package, f"is needed {purpose}", "no such package", f'Run: pip install "truthgpt_nb[{extra}]"'
         ) from error
 
-# %% ../nbs/api/00_core.ipynb #e52cb03d
+# %% ../nbs/api/00_core.ipynb #926b1244
 def format_seconds(
     seconds: float,  # a duration in seconds
 ) -> str:  # three significant digits and a unit
     "A duration as people write it."
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if abs(seconds) * factor >= 1:
+        if abs(float(f"{seconds * factor:.3g}")) >= 1:  # as it will be written: 0.9997 s is 1 s
             return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:,.0f} {unit}"
     return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
 
@@ -116,10 +116,10 @@ def format_bytes(
 ) -> str:  # three significant digits and a binary unit
     "A size as people write it."
     for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1000:
+        if abs(float(f"{count:.3g}")) < 1000:
             return f"{count:.3g} {unit}"
         count /= 1024
-    return f"{count:.3g} GiB"
+    return f"{count:.3g} GiB" if abs(count) < 999.5 else f"{count:,.0f} GiB"
 
 
 def format_ratio(
@@ -129,7 +129,7 @@ def format_ratio(
     digits = 0 if ratio >= 100 else 1 if ratio >= 10 else 3 if 0.9 < ratio < 1.1 else 2
     return f"{ratio:,.{digits}f}×"
 
-# %% ../nbs/api/00_core.ipynb #76e8780b
+# %% ../nbs/api/00_core.ipynb #de71bb18
 class Table:
     "Rows of named values that show themselves in a notebook and in a terminal."
 

@@ -618,7 +618,7 @@ def _folder_of(source: Source, settings: ModelConfig) -> tuple[Path, str | None]
         return folder, _read_json(folder / "manifest.json")["sha256"]
     return Path(source.path), None
 
-# %% ../nbs/api/06_models.ipynb #5671c17b
+# %% ../nbs/api/06_models.ipynb #54a5c9b5
 def as_text_model(
     model: Any,  # a name or path for `load_text_model`, a `TextModel`, or a transformers model
     tokenizer: Any = None,  # needed with a transformers model; otherwise takes the place of the loaded one
@@ -631,6 +631,9 @@ def as_text_model(
     if not (isinstance(model, torch.nn.Module) and hasattr(model, "config") and hasattr(model, "generate")):
         step = "Pass a name, a folder, a TextModel, or a model that transformers loaded."
         raise InputError("model", "must be a language model or name one", type(model).__name__, step)
+    if getattr(model.config, "is_encoder_decoder", False):
+        step = "Pass one that AutoModelForCausalLM loads."
+        raise InputError("model", "must be a causal language model", f"{type(model).__name__}, with an encoder", step)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     return TextModel(model, _checked_tokenizer(tokenizer), Source(name, "object", ""))
 

@@ -16,7 +16,7 @@ from .core import InputError, write_whole
 # %% auto #0
 __all__ = ['Verbatim', 'Report']
 
-# %% ../nbs/api/13a_report.ipynb #b00c1853
+# %% ../nbs/api/13a_report.ipynb #7db7247f
 class Verbatim:
     "A text that keeps its lines, with an optional dimmed beginning such as a prompt."
 
@@ -73,7 +73,8 @@ class Report:
         return path
 
     def _repr_html_(self) -> str:
-        return "".join(_section(*section) for section in self._sections)
+        head = f"<p><b>{html.escape(self.title)}.</b> {html.escape(self.summary)}</p>"
+        return head + "".join(_section(*section) for section in self._sections)
 
 
 def _section(heading: str, body: str, folded: bool) -> str:
