@@ -25,27 +25,37 @@ def truthgpt(*arguments, cwd, **options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "Once", "--max-new-tokens", "-3"], "max_new_tokens should be greater than or equal to 1, got -3"),
-        (["generate", "Once", "--max-new-tokens", "100000"], "max_new_tokens"),
-        (["generate", "Once", "--top-p", "0.9"], "top_p has an effect only with do_sample=True"),
+        (
+            ["generate", "Once", "--max-new-tokens", "-3"],
+            "--max-new-tokens should be greater than or equal to 1, got -3",
+        ),
+        (["generate", "Once", "--max-new-tokens", "100000"], "--max-new-tokens must fit"),
+        (["generate", "Once", "--top-p", "0.9"], "--top-p has an effect only with --do-sample"),
         (["generate", "Once", "--model", "tiny-englsh"], "'tiny-english'"),
         (["generate", "Once", "--model", "no/such/folder/here"], "no/such/folder/here"),
-        (["generate", "word " * 5000], "prompt"),
-        (["generate", ""], "prompt"),
-        (["generate", "Once", "--cache-dir", "a_file"], "cache_dir"),
-        (["demo", "--out", "a_file"], "out must be a folder"),
-        (["demo", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["generate", "word " * 5000], "PROMPT must be shorter than the context"),
+        (["generate", ""], "PROMPT must not be empty"),
+        (["generate", "Once", "--cache-dir", "a_file"], "--cache-dir must be a folder, not a file"),
+        (["demo", "--out", "a_file"], "--out must be a folder"),
+        (["demo", "--optimizations", "bf61"], "Did you mean 'bf16'?"),
+        (["demo", "--max-new-tokens", "0"], "--max-new-tokens should be"),
         (["optimize", "--optimizations", "bf61"], "Did you mean 'bf16'?"),
         (["optimize", "--text", "no.txt"], "--text must be a text file"),
-        (["optimize", "--compile-mode", "fast"], "compile_mode"),
-        (["profile", "--top", "0"], "top should be greater than or equal to 1"),
-        (["cache", "stats", "--cache-dir", "nowhere"], "nowhere"),
+        (["optimize", "--text", "empty.txt"], "text must have at least 4 tokens"),
+        (["optimize", "--compile-mode", "fast"], "--compile-mode"),
+        (["profile", "--trace", "trace.txt"], "--trace must be a path"),
+        (["profile", "--top", "0"], "--top should be greater than or equal to 1"),
+        (
+            ["cache", "stats", "--cache-dir", "nowhere"],
+            "--cache-dir must be a folder that holds a cache, got 'nowhere'",
+        ),
         (["doctor", "--jso"], "--jso"),
         (["genrate"], "genrate"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     (tmp_path / "a_file").write_text("this is a file")
+    (tmp_path / "empty.txt").touch()
     result = truthgpt(*arguments, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
@@ -53,6 +63,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert (tmp_path / "a_file").read_text() == "this is a file"
+    assert not (tmp_path / "truthgpt-report").exists()
 
 
 def test_prompts_come_from_the_standard_input_and_output_can_be_piped(tmp_path):

@@ -19,7 +19,15 @@ import typer
 from typer.exceptions import TyperException
 
 from . import __version__
-from .configs import CacheConfig, EvidenceConfig, GenerationConfig, ModelConfig, ProfileConfig, schema
+from truthgpt_nb.configs import (
+    CacheConfig,
+    EvidenceConfig,
+    GenerationConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ProfileConfig,
+    schema,
+)
 from .core import InputError, Table, TruthGPTError, format_bytes
 
 # %% auto #0
@@ -312,9 +320,9 @@ def main(
     sys.exit(code)
 
 
-_FLAGS = {"name_or_path": "--model", "out": "--out", "prompt[0]": "PROMPT", "optimizations": "--optimizations"} | {
+_FLAGS = {"name_or_path": "--model", "out": "--out", "prompt[0]": "PROMPT"} | {
     name: f"--{name.replace('_', '-')}"
-    for config in (CacheConfig, EvidenceConfig, GenerationConfig, ModelConfig, ProfileConfig)
+    for config in (CacheConfig, EvidenceConfig, GenerationConfig, ModelConfig, OptimizationConfig, ProfileConfig)
     for name in schema(config)["properties"]
     if name != "name_or_path"
 }

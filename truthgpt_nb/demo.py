@@ -103,7 +103,8 @@ def same_continuations(
     both = []
     for model in (original.model, optimized):
         generator = TextGenerator(model=model, tokenizer=original.tokenizer, use_cache=False)
-        both.append(generator.generate(list(prompts), max_new_tokens=max_new_tokens, **DRAWN))
+        # one by one: a compiled model is compiled anew for another number of rows, minutes for a large one
+        both.append(generator.generate(list(prompts), max_new_tokens=max_new_tokens, batch_size=1, **DRAWN))
     return both[1], token_fidelity(both[0], both[1])
 
 # %% ../nbs/api/20a_demo.ipynb #f83e9a76
@@ -209,7 +210,7 @@ def _save(result: DemoResult, folder: Path) -> None:
 # %% ../nbs/api/20a_demo.ipynb #77f6d6cd
 def _page(result: DemoResult) -> Report:
     writing, optimization, env = result.writing, result.optimization, environment()
-    name = result.text_model.source.name
+    name = result.text_model.table().title
     total = optimization.total or next((e for e in optimization.steps if e.verdict == "kept"), None)
     summary = (
         f"{total.name}: {format_ratio(total.speedup or 1)} as fast, measured on this machine."
