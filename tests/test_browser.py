@@ -133,10 +133,12 @@ def browser_page(picture):
 
 
 def as_a_reader_finds_it(path):
-    "The notebook without outputs, without its slow cells, and without those that fill the panels in for the site."
+    "The notebook without outputs, without its long cells, and without those that fill the panels in for the site."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     code = Notebook.read(path).code
-    out = {cell.number for cell in code if "slow" in cell.directives or "panel.start()" in cell.source}
+    out = {
+        cell.number for cell in code if {"slow", "benchmark"} & set(cell.directives) or "panel.start()" in cell.source
+    }
     notebook["cells"] = [cell for number, cell in enumerate(notebook["cells"], 1) if number not in out]
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
