@@ -190,7 +190,7 @@ def _checked_ids(ids: Any, vocabulary: int, limits: dict[str, int | None], new: 
             raise InputError("ids and max_new_tokens", rule, f"{len(ids)} and {new} new ones", step)
     return list(ids)
 
-# %% ../nbs/api/08_engine.ipynb #cae7b96a
+# %% ../nbs/api/08_engine.ipynb #b9f8b4a9
 @dataclass(frozen=True)
 class StepRecord:
     "One step of an engine."
@@ -213,7 +213,7 @@ class EngineStats:
     tokens: int  # written in all
     prompt_tokens: int  # taken in, in all
     max_batch_size: int  # how many requests at once, now
-    cache_bytes: int  # what keys and values take
+    cache_bytes: int  # what keys and values took at most
     linears: str  # which kernels run
     fallback: str | None = None  # why `generate` is used instead, None when it is not
 
@@ -274,7 +274,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #f945b080
+# %% ../nbs/api/08_engine.ipynb #666b9463
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -292,12 +292,13 @@ class _Work:
 
     def __init__(self, model: Any, config: InferenceConfig, refusal: str | None):
         self.model, self.config, self.refusal = model, config, refusal
-        self.changed = threading.Condition()  # the queue, `thread` or `closing`
+        self.changed = threading.Condition()  # any of what follows
         self.waiting: deque[Generation] = deque()
-        self.open: set[Generation] = set()  # all that have no end yet
-        self.thread: threading.Thread | None = None
+        self.open: dict[Generation, None] = {}  # all that have no end yet, in the order in which they came
+        self.thread: threading.Thread | None = None  # works on what nobody waits for
+        self.busy = False  # whether a thread is at work
         self.closing = False
-        self.running: list[Generation] = []  # by slot; touched by the thread only, like all that follows
+        self.running: list[Generation] = []  # by slot; this and what follows is for the thread that is at work
         self.limit = config.max_batch_size  # how many at once; halved when memory runs out
         self.room = config.max_tokens  # how many tokens have keys and values at once
         self.ragged: RaggedModel | None = None
@@ -307,62 +308,106 @@ class _Work:
         self.counts: dict[str, int] = {}
         self.timings: deque[Timing] = deque(maxlen=10_000)
         self.steps: deque[StepRecord] = deque(maxlen=10_000)
-        self.tokens = self.prompt_tokens = 0
+        self.tokens = self.prompt_tokens = self.held = 0
 
     def add(self, generation: Generation) -> None:
-        "Queue a request, and see to it that there is a thread."
-        with self.changed:
-            while not self.closing and len(self.waiting) >= self.config.max_queue:
+        "Queue a request; work until there is room, if that is what is wanted."
+        while True:
+            with self.changed:
+                if self.closing:
+                    raise EngineError("engine", "must be open", "a closed one", "Make another InferenceEngine.")
+                if self._has_room():
+                    self.waiting.append(generation)
+                    self.open[generation] = None
+                    return
                 if self.config.when_full == "refuse":
                     step = "Wait for some of them, raise max_queue, or pass when_full='wait'."
                     raise EngineError("queue", "must have room", f"{len(self.waiting)} waiting requests", step)
-                self.changed.wait()
-            if self.closing:
-                raise EngineError("engine", "must be open", "a closed one", "Make another InferenceEngine.")
-            self.waiting.append(generation)
-            self.open.add(generation)
-            if self.thread is None:
+            self.work(self._has_room)
+
+    def _has_room(self) -> bool:
+        return self.closing or len(self.waiting) < self.config.max_queue
+
+    def start(self) -> None:
+        "See to it that there is a thread."
+        with self.changed:
+            if self.thread is None and self.open:
                 self.thread = threading.Thread(target=self._run, name="truthgpt engine", daemon=True)
                 self.thread.start()
 
     def close(self) -> None:
-        "End what waits or is under way as cancelled, wait for the thread, and let go of the memory."
+        "End what waits or is under way as cancelled, and let go of the memory."
         with self.changed:
             self.closing, thread = True, self.thread
             self.changed.notify_all()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if thread is not threading.current_thread():
+            self.work(lambda: not self.open)
+            if thread is not None:
+                thread.join()
         self.ragged = None
 
-    def _run(self) -> None:
-        try:
-            self._prepare()
-            while self._has_work():
-                self._step()
-        except BaseException as error:
+    def work(self, enough: Callable[[], bool]) -> None:
+        "Do one step after another until it is enough, or wait while another thread does them."
+        while True:
             with self.changed:
-                left, self.running, self.waiting = list(self.open), [], deque()
-                self.thread = self.ragged = None
-                self.changed.notify_all()
+                while self.busy and not enough():
+                    self.changed.wait()
+                if enough():
+                    return
+                self.busy = True
+            try:
+                kind = device_of(self.model).type
+                with torch.inference_mode(), torch.autocast(kind, enabled=False):
+                    self._prepare()
+                    while not enough() and self._has_work():
+                        self._step()
+            except KeyboardInterrupt:
+                self._begin_anew()
+                raise
+            except BaseException as error:
+                self._begin_anew()
+                for generation in list(self.open):
+                    self._fail(generation, _failure(error, "with the engine"))
+            finally:
+                with self.changed:
+                    self.busy = False
+                    self.changed.notify_all()
+
+    def _run(self) -> None:
+        self.work(self._nothing_left)
+
+    def _nothing_left(self) -> bool:
+        with self.changed:
+            if self.open:
+                return False
+            self.thread = None
+            return True
+
+    def _begin_anew(self) -> None:
+        "After an interruption at any point: all requests wait again, and lose nothing but time."
+        with self.changed:
+            left = [generation for generation in self.open if not generation.done]
+            self.open, self.running = dict.fromkeys(left), []
+            if self.ragged is not None:
+                self.ragged.slots.reset(self.limit, 64)
             for generation in left:
-                self._fail(generation, _failure(error, "with the thread of the engine"))
+                generation.ids[:] = [*generation.prompt, *generation.tokens]
+                generation.known = 0
+            self.waiting = deque(left)
 
     def _has_work(self) -> bool:
         with self.changed:
             if self.closing:
-                for generation in (*self.running, *self.waiting):
+                for generation in list(self.open):
                     self._end(generation, "cancelled")
                 self.running, self.waiting = [], deque()
-            if self.waiting or self.running:
-                return True
-            self.thread = None
-            return False
+            return bool(self.waiting or self.running)
 
     # the model
 
     def _prepare(self) -> None:
         "Make the twin, and make it anew when the weights are not those that it was made of."
-        if self.refusal is not None:
+        if self.refusal is not None or self.running:
             return
         fingerprint = weights_fingerprint(self.model)
         if self.ragged is not None and fingerprint == self.fingerprint:
@@ -399,9 +444,11 @@ class _Work:
         start, parts = time.perf_counter(), self._parts()
         taken = sum(len(part.ids) for part in parts if part.start < len(self.running[part.slot].prompt))
         read = self.replaced.weight_bytes
-        read += self.ragged.slots.bytes_per_token * sum(part.start + len(part.ids) for part in parts)
+        slots = self.ragged.slots
+        read += slots.bytes_per_token * sum(part.start + len(part.ids) for part in parts)
         before = self.tokens
         self._advance(parts)
+        self.held = max(self.held, slots.count * slots.length * slots.bytes_per_token)
         self.prompt_tokens += taken
         written, seconds = self.tokens - before, time.perf_counter() - start
         self.steps.append(StepRecord(start - self.born, seconds, written, taken, len(self.waiting), read))
@@ -557,14 +604,19 @@ class _Work:
         self.running.pop()
 
     def _end(self, generation: Generation, reason: Any) -> None:
-        self.open.discard(generation)
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.timings.append(generation._finish(reason))
+        self._forget(generation)
 
     def _fail(self, generation: Generation, error: EngineError) -> None:
-        self.open.discard(generation)
         self.counts["failed"] = self.counts.get("failed", 0) + 1
         generation._finish(error=error)
+        self._forget(generation)
+
+    def _forget(self, generation: Generation) -> None:
+        with self.changed:
+            self.open.pop(generation, None)
+            self.changed.notify_all()
 
     # without the ragged model
 
@@ -625,7 +677,7 @@ def only_settings(
         for module, before in own:
             module.generation_config = before
 
-# %% ../nbs/api/08_engine.ipynb #f988f05d
+# %% ../nbs/api/08_engine.ipynb #f6471f5d
 class InferenceEngine:
     "Runs many requests on one model at once; token ids in, token ids out."
 
@@ -652,12 +704,57 @@ class InferenceEngine:
         settings: GenerationConfig | None = None,  # how to write; stop strings are for TextGenerator
         *,
         stop_ids: Sequence[int] | None = None,  # tokens that end the text; the model's own when not given
-        until: Callable[[list[int]], bool] | None = None,  # called after each token, in the engine's thread
+        until: Callable[[list[int]], bool] | None = None,  # called after each token, by the thread that works
         processors: Sequence[Callable[..., torch.Tensor]] = (),  # logits processors, as transformers has them
         logprobs: bool = False,  # whether to keep the log-probability of each token
         timeout: float | None = None,  # seconds after which it ends with what there is
     ) -> Generation:  # a future, and a stream of tokens
-        "Queue a request."
+        "Queue a request, and let a thread in the background work on it."
+        generation = self._request(ids, settings, stop_ids, until, processors, logprobs, timeout)
+        self._work.add(generation)
+        self._work.start()
+        return generation
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Any],  # token ids of each prompt
+        settings: GenerationConfig | Sequence[GenerationConfig] | None = None,  # for all, or one for each
+        **options: Any,  # of `submit`
+    ) -> list[Completion]:  # in the order of the prompts
+        "Write a text for each prompt, here and now."
+        each = settings if isinstance(settings, Sequence) else [settings] * len(prompts)
+        if len(each) != len(prompts):
+            raise InputError("settings", f"must be one, or {len(prompts)}", len(each), "Pass one for each prompt.")
+        generations = [self._request(ids, one, **options) for ids, one in zip(prompts, each, strict=True)]
+        left = generations[::-1]
+
+        def enough() -> bool:
+            while left and left[-1].done:
+                left.pop()
+            return not left
+
+        try:
+            for generation in generations:
+                self._work.add(generation)
+            self._work.work(enough)
+            return [generation.result() for generation in generations]
+        except BaseException:
+            for generation in generations:
+                generation.cancel()
+            raise
+        finally:
+            self._work.start()  # for what others have submitted meanwhile, and for what was cancelled
+
+    def _request(
+        self,
+        ids: Any,
+        settings: GenerationConfig | None,
+        stop_ids: Sequence[int] | None = None,
+        until: Callable[[list[int]], bool] | None = None,
+        processors: Sequence[Callable[..., torch.Tensor]] = (),
+        logprobs: bool = False,
+        timeout: float | None = None,
+    ) -> Generation:
         settings = settings or GenerationConfig()
         if settings.stop:
             step = "Use TextGenerator, or pass stop_ids or until."
@@ -667,37 +764,13 @@ class InferenceEngine:
         row = _checked_ids(ids, self._vocabulary, limits, settings.max_new_tokens)
         seed = settings.seed if settings.seed is not None else secrets.randbits(63) if settings.do_sample else 0
         stops = frozenset(end_ids(self.model) if stop_ids is None else stop_ids)
-        generation = Generation(row, settings, seed, stops, tuple(processors), until, logprobs, timeout)
-        self._work.add(generation)
-        return generation
-
-    def generate_batch(
-        self,
-        prompts: Sequence[Any],  # token ids of each prompt
-        settings: GenerationConfig | Sequence[GenerationConfig] | None = None,  # for all, or one for each
-        **options: Any,  # of `submit`
-    ) -> list[Completion]:  # in the order of the prompts
-        "Write a text for each prompt, and wait for all of them."
-        each = settings if isinstance(settings, Sequence) else [settings] * len(prompts)
-        if len(each) != len(prompts):
-            raise InputError("settings", f"must be one, or {len(prompts)}", len(each), "Pass one for each prompt.")
-        generations: list[Generation] = []
-        try:
-            for ids, one in zip(prompts, each, strict=True):
-                generations.append(self.submit(ids, one, **options))
-            return [generation.result() for generation in generations]
-        except BaseException:
-            for generation in generations:
-                generation.cancel()
-            raise
+        return Generation(row, settings, seed, stops, tuple(processors), until, logprobs, timeout)
 
     def stats(self) -> EngineStats:  # shows itself as a table
         "What the engine has done so far."
         work = self._work
-        slots = None if work.ragged is None else work.ragged.slots
-        held = 0 if slots is None else slots.count * slots.length * slots.bytes_per_token
         done = dict(work.counts), list(work.timings), list(work.steps), work.tokens, work.prompt_tokens
-        return EngineStats(*done, work.limit, held, str(work.replaced), self.fallback)
+        return EngineStats(*done, work.limit, work.held, str(work.replaced), self.fallback)
 
     def close(self) -> None:
         "Cancel what is left, and let go of the memory."
