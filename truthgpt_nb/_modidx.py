@@ -872,8 +872,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'truthgpt_nb.text._check_messages': ('api/text.html#_check_messages', 'truthgpt_nb/text.py'),
                                   'truthgpt_nb.text._end': ('api/text.html#_end', 'truthgpt_nb/text.py'),
                                   'truthgpt_nb.text._end_ids': ('api/text.html#_end_ids', 'truthgpt_nb/text.py'),
-                                  'truthgpt_nb.text._gumbel': ('api/text.html#_gumbel', 'truthgpt_nb/text.py'),
-                                  'truthgpt_nb.text._only': ('api/text.html#_only', 'truthgpt_nb/text.py'),
                                   'truthgpt_nb.text._overlap': ('api/text.html#_overlap', 'truthgpt_nb/text.py'),
                                   'truthgpt_nb.text._pad_id': ('api/text.html#_pad_id', 'truthgpt_nb/text.py'),
                                   'truthgpt_nb.text._padded': ('api/text.html#_padded', 'truthgpt_nb/text.py'),

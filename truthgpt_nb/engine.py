@@ -274,7 +274,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #666b9463
+# %% ../nbs/api/08_engine.ipynb #b31928b7
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -637,7 +637,10 @@ class _Work:
             stop = generation not in self.running or generation._ended() is not None or self.closing
             return torch.tensor([stop], device=input_ids.device)
 
-        plain = Settings(max_new_tokens=generation.settings.max_new_tokens, pad_token_id=0)
+        begins = getattr(self.model.generation_config, "decoder_start_token_id", None)
+        plain = Settings(
+            max_new_tokens=generation.settings.max_new_tokens, pad_token_id=0, decoder_start_token_id=begins
+        )
         ids = torch.tensor([generation.prompt], device=device_of(self.model))
         start, before = time.perf_counter(), self.tokens
         try:

@@ -21,7 +21,7 @@ from .linears import twin
 # %% auto #0
 __all__ = ['Slots', 'Part', 'ragged_attention', 'RaggedModel', 'ragged_refusal', 'last_logits']
 
-# %% ../nbs/api/07a_ragged.ipynb #f88257b9
+# %% ../nbs/api/07a_ragged.ipynb #4f7a2875
 class Slots:
     "Keys and values of all requests, in the place of a transformers cache."
 
@@ -37,12 +37,20 @@ class Slots:
         self.values: dict[int, torch.Tensor] = {}
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        keys: torch.Tensor,  # of the new tokens
+        values: torch.Tensor,  # of the new tokens
+        layer_idx: int,  # the layer that they belong to
+        *args: Any,  # what caches of other kinds need
+        **kwargs: Any,  # what caches of other kinds need
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # both as they came
         "What the model calls: nothing is kept yet."
         return keys, values
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(
+        self,
+        layer_idx: int = 0,  # any layer
+    ) -> int:  # 0
         "What the model asks for: nothing stands before the row."
         return 0
 
@@ -105,12 +113,12 @@ class Slots:
         self.values.clear()
 
     @property
-    def bytes_per_token(self) -> int:
+    def bytes_per_token(self) -> int:  # bytes
         "What one token takes in all layers; 0 as long as nothing was kept."
         kept = (*self.keys.values(), *self.values.values())
         return sum(one.shape[1] * one.shape[3] * one.element_size() for one in kept)
 
-# %% ../nbs/api/07a_ragged.ipynb #7501fca9
+# %% ../nbs/api/07a_ragged.ipynb #ebcb2275
 @dataclass(frozen=True)
 class Part:
     "Tokens of one request that are worked on in one step."
@@ -148,6 +156,15 @@ class _Step:
 
 _now: ContextVar[_Step] = ContextVar("step")
 _SIMILAR = 1.5  # within a group the longest text may be this many times the shortest
+
+
+@contextmanager
+def _during(step: _Step) -> Iterator[None]:
+    token = _now.set(step)
+    try:
+        yield
+    finally:
+        _now.reset(token)
 
 
 def _grouped(singles: list[Part]) -> Iterator[_Group]:
@@ -264,7 +281,7 @@ class _Attention:
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return weights[..., : k.shape[2]] @ v
 
-# %% ../nbs/api/07a_ragged.ipynb #d071c41a
+# %% ../nbs/api/07a_ragged.ipynb #67dbe0c7
 _NAME = "truthgpt_ragged"
 
 
@@ -311,16 +328,7 @@ class RaggedModel:
             )
         return output.logits[0]
 
-
-@contextmanager
-def _during(step: _Step) -> Iterator[None]:
-    token = _now.set(step)
-    try:
-        yield
-    finally:
-        _now.reset(token)
-
-# %% ../nbs/api/07a_ragged.ipynb #238755fa
+# %% ../nbs/api/07a_ragged.ipynb #524f4450
 _OTHER_LAYERS = ("mamba", "linear_attention", "recurrent", "conv", "chunked_attention")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -329,22 +337,22 @@ def ragged_refusal(
     model: Any,  # a transformers model
 ) -> str | None:  # why it cannot be run in one row, None when it can
     "What stands against running a model's requests in one row."
-    return _reason_by_kind(model) or _reason_by_trial(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    reason = _reason_by_kind(model) or _reason_by_trial(model)
+    if reason is not None and not getattr(model, "_supports_attention_backend", False):
+        return "its attention does not go through transformers' interface"
+    return reason
 
 
 def _reason_by_kind(model: Any) -> str | None:
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model"
     if any("forward" in vars(module) or module._compiled_call_impl for module in model.modules()):
         return "its forward method was exchanged or compiled"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention does not go through transformers' interface"
     if "logits_to_keep" not in inspect.signature(type(model).forward).parameters and not hasattr(model, "peft_config"):
         return "its forward method takes no logits_to_keep"
     if len({tensor.device for tensor in model.parameters()}) > 1:
         return "its weights are on several devices"
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     other = {kind for kind in getattr(text, "layer_types", None) or () if any(name in kind for name in _OTHER_LAYERS)}
     if other or getattr(model, "_is_stateful", False):
         return f"it has layers of another kind: {', '.join(sorted(other)) or 'recurrent ones'}"
