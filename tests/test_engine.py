@@ -2,6 +2,7 @@
 
 import _thread
 import asyncio
+import gc
 import random
 import threading
 import time
@@ -305,6 +306,20 @@ def test_a_full_queue_refuses_or_waits(llama):
     with InferenceEngine(llama, max_queue=2, max_batch_size=2) as engine:
         written = engine.generate_batch([[5, 6]] * 9, GenerationConfig(max_new_tokens=3))
         assert [len(one.tokens) for one in written] == [3] * 9
+
+
+def test_a_callback_that_calls_the_engine_is_refused_instead_of_waiting_for_itself(llama):
+    with InferenceEngine(llama) as engine:
+        asking = engine.submit([5, 6], until=lambda tokens: engine.generate_batch([[5]]))
+        with pytest.raises(EngineError, match="EngineError: engine must not be called"):
+            asking.result(timeout=30)
+        assert engine.submit([5, 6], GenerationConfig(max_new_tokens=3)).result(timeout=30).tokens
+
+
+def test_a_request_keeps_its_engine(llama):
+    generation = InferenceEngine(llama).submit([5, 6], GenerationConfig(max_new_tokens=20))
+    gc.collect()
+    assert generation.result(timeout=30).tokens == alone(llama, [5, 6], 20)
 
 
 def test_several_threads_share_an_engine(llama):

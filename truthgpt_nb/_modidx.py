@@ -258,6 +258,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'truthgpt_nb.engine.Generation._ended': ('api/engine.html#generation._ended', 'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine.Generation._finish': ( 'api/engine.html#generation._finish',
                                                                                'truthgpt_nb/engine.py'),
+                                    'truthgpt_nb.engine.Generation._put_right': ( 'api/engine.html#generation._put_right',
+                                                                                  'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine.Generation._take': ('api/engine.html#generation._take', 'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine.Generation.cancel': ('api/engine.html#generation.cancel', 'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine.Generation.done': ('api/engine.html#generation.done', 'truthgpt_nb/engine.py'),

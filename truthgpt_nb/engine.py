@@ -61,7 +61,7 @@ class Completion:
         "All of it as plain data."
         return asdict(self)
 
-# %% ../nbs/api/08_engine.ipynb #a2210046
+# %% ../nbs/api/08_engine.ipynb #765dc577
 class Generation:
     "One request on its way: the future of its completion, and the stream of its tokens."
 
@@ -77,6 +77,7 @@ class Generation:
         timeout: float | None = None,  # seconds from now after which it ends
     ):
         self.prompt, self.settings, self.stop_ids, self.until = ids, settings, stop_ids, until
+        self.engine: InferenceEngine | None = None  # that it was submitted to
         self.future: Future[Completion] = Future()
         self.tokens: list[int] = []
         self.logprobs: list[float] | None = [] if logprobs else None
@@ -88,6 +89,7 @@ class Generation:
         self._started: float | None = None
         self._first: float | None = None
         self._cancelled = False
+        self._last: Literal["stop", "length"] | None = None  # why there is no further token
         self._news = threading.Condition()
 
     def result(
@@ -142,7 +144,8 @@ class Generation:
         "Add a token; the reason why it was the last, if it was."
         self._first = self._first or time.perf_counter()
         if token in self.stop_ids:
-            return "stop"
+            self._last = "stop"
+            return self._last
         self.ids.append(token)
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
@@ -150,8 +153,17 @@ class Generation:
             self.tokens.append(token)
             self._news.notify_all()
         if self.until is not None and self.until(self.tokens):
-            return "stop"
-        return "length" if len(self.tokens) >= self.settings.max_new_tokens else None
+            self._last = "stop"
+        elif len(self.tokens) >= self.settings.max_new_tokens:
+            self._last = "length"
+        return self._last
+
+    def _put_right(self) -> None:
+        "After an interruption between two operations: as it was after its last token, with no keys and values."
+        self.ids[:] = [*self.prompt, *self.tokens]
+        self.known = 0
+        if self.logprobs is not None:
+            del self.logprobs[len(self.tokens) :]
 
     def _finish(self, reason: Any = None, error: BaseException | None = None) -> Timing:
         now = time.perf_counter()
@@ -274,7 +286,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #b31928b7
+# %% ../nbs/api/08_engine.ipynb #70c81bc8
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -296,7 +308,7 @@ class _Work:
         self.waiting: deque[Generation] = deque()
         self.open: dict[Generation, None] = {}  # all that have no end yet, in the order in which they came
         self.thread: threading.Thread | None = None  # works on what nobody waits for
-        self.busy = False  # whether a thread is at work
+        self.worker: int | None = None  # the thread that is at work
         self.closing = False
         self.running: list[Generation] = []  # by slot; this and what follows is for the thread that is at work
         self.limit = config.max_batch_size  # how many at once; halved when memory runs out
@@ -309,6 +321,7 @@ class _Work:
         self.timings: deque[Timing] = deque(maxlen=10_000)
         self.steps: deque[StepRecord] = deque(maxlen=10_000)
         self.tokens = self.prompt_tokens = self.held = 0
+        self.swept = 0.0  # when the queue was last looked through for what was cancelled
 
     def add(self, generation: Generation) -> None:
         "Queue a request; work until there is room, if that is what is wanted."
@@ -349,29 +362,35 @@ class _Work:
     def work(self, enough: Callable[[], bool]) -> None:
         "Do one step after another until it is enough, or wait while another thread does them."
         while True:
-            with self.changed:
-                while self.busy and not enough():
-                    self.changed.wait()
-                if enough():
-                    return
-                self.busy = True
+            mine = False
             try:
+                with self.changed:
+                    if self.worker == threading.get_ident():
+                        step = "Ask for what you need before or after, not while a token is chosen."
+                        raise EngineError("engine", "must not be called by a callback of its own", "a call", step)
+                    while self.worker is not None and not enough():
+                        self.changed.wait()
+                    if enough():
+                        return
+                    mine, self.worker = True, threading.get_ident()
                 kind = device_of(self.model).type
                 with torch.inference_mode(), torch.autocast(kind, enabled=False):
                     self._prepare()
                     while not enough() and self._has_work():
                         self._step()
-            except KeyboardInterrupt:
-                self._begin_anew()
+            except (KeyboardInterrupt, EngineError):
+                if mine:
+                    self._begin_anew()
                 raise
             except BaseException as error:
                 self._begin_anew()
                 for generation in list(self.open):
                     self._fail(generation, _failure(error, "with the engine"))
             finally:
-                with self.changed:
-                    self.busy = False
-                    self.changed.notify_all()
+                if mine:
+                    with self.changed:
+                        self.worker = None
+                        self.changed.notify_all()
 
     def _run(self) -> None:
         self.work(self._nothing_left)
@@ -391,9 +410,11 @@ class _Work:
             if self.ragged is not None:
                 self.ragged.slots.reset(self.limit, 64)
             for generation in left:
-                generation.ids[:] = [*generation.prompt, *generation.tokens]
-                generation.known = 0
-            self.waiting = deque(left)
+                generation._put_right()
+            self.waiting = deque(one for one in left if one._last is None)
+        for generation in left:
+            if generation._last is not None:
+                self._end(generation, generation._last)
 
     def _has_work(self) -> bool:
         with self.changed:
@@ -458,11 +479,14 @@ class _Work:
         for generation in [one for one in self.running if one._ended()]:
             self._leave(generation)
             self._end(generation, generation._ended())
+        if time.perf_counter() < self.swept + 0.05:  # a queue of 10,000 takes a while to look through
+            return
         with self.changed:
-            ended = [one for one in self.waiting if one._ended()]
+            ended = {one: None for one in self.waiting if one._ended()}
             if ended:
                 self.waiting = deque(one for one in self.waiting if one not in ended)
                 self.changed.notify_all()
+        self.swept = time.perf_counter()
         for generation in ended:
             self._end(generation, generation._ended())
 
@@ -680,7 +704,7 @@ def only_settings(
         for module, before in own:
             module.generation_config = before
 
-# %% ../nbs/api/08_engine.ipynb #f6471f5d
+# %% ../nbs/api/08_engine.ipynb #2d12752e
 class InferenceEngine:
     "Runs many requests on one model at once; token ids in, token ids out."
 
@@ -699,7 +723,7 @@ class InferenceEngine:
             warnings.warn(f"this model is run by transformers' generate, one by one: {self.fallback}", stacklevel=2)
         self._work = _Work(model, self.config, self.fallback)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        weakref.finalize(self, self._work.close)  # also at the exit of Python
+        self._close = weakref.finalize(self, self._work.close)  # once: when asked, when dropped, or at Python's exit
 
     def submit(
         self,
@@ -714,6 +738,7 @@ class InferenceEngine:
     ) -> Generation:  # a future, and a stream of tokens
         "Queue a request, and let a thread in the background work on it."
         generation = self._request(ids, settings, stop_ids, until, processors, logprobs, timeout)
+        generation.engine = self  # which lives as long as someone waits for this
         self._work.add(generation)
         self._work.start()
         return generation
@@ -777,7 +802,7 @@ class InferenceEngine:
 
     def close(self) -> None:
         "Cancel what is left, and let go of the memory."
-        self._work.close()
+        self._close()
 
     def __enter__(self) -> InferenceEngine:
         return self
