@@ -4,6 +4,7 @@ import _thread
 import asyncio
 import gc
 import random
+import signal
 import threading
 import time
 
@@ -273,6 +274,15 @@ def test_an_error_in_the_engine_itself_fails_everything_and_nothing_hangs(llama,
         assert engine.submit([5, 6], GenerationConfig(max_new_tokens=3)).result(timeout=30).tokens  # it goes on
 
 
+@pytest.fixture
+def heeding_ctrl_c():
+    "A shell that starts a command in the background lets it ignore Ctrl-C, and Python keeps that."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_in_the_middle_of_a_batch_leaves_the_engine_ready(llama):
     requests = some_requests(seed=5)
     expected = [alone(llama, *request) for request in requests]
