@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 _modules = {
     "CacheManager": "cache",
     "GenerationConfig": "configs",
+    "InferenceConfig": "configs",
     "EvidenceConfig": "configs",
     "Tolerance": "configs",
     "TruthGPTError": "core",
     "doctor": "devices",
     "run_demo": "demo",
+    "InferenceEngine": "engine",
     "compare": "evidence",
     "load_text_model": "models",
     "PerformanceOptimizer": "optimization",

@@ -18,8 +18,8 @@ from .core import ConfigError, Table, TruthGPTError, nearest
 
 # %% auto #0
 __all__ = ['T', 'config', 'to_dict', 'from_dict', 'to_json', 'from_json', 'to_toml', 'from_toml', 'schema', 'describe', 'updated',
-           'ModelConfig', 'GenerationConfig', 'CacheConfig', 'EvidenceConfig', 'Tolerance', 'OptimizationConfig',
-           'ProfileConfig']
+           'ModelConfig', 'GenerationConfig', 'InferenceConfig', 'CacheConfig', 'EvidenceConfig', 'Tolerance',
+           'OptimizationConfig', 'ProfileConfig']
 
 # %% ../nbs/api/01_configs.ipynb #b0b38ff4
 T = TypeVar("T")
@@ -234,6 +234,29 @@ class GenerationConfig:
                 )
         if "" in self.stop:
             raise ConfigError("stop", "must hold strings that are not empty", self.stop, "Leave the empty string out.")
+
+# %% ../nbs/api/01_configs.ipynb #adb3bad5
+@config
+class InferenceConfig:
+    "How an engine runs a model."
+
+    max_batch_size: int = Field(default=32, ge=1, le=4096, description="how many requests are written at once")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="how many tokens have keys and values at once; chosen from the free memory when not given",
+    )
+    chunk_tokens: int = Field(
+        default=512, ge=1, le=1_000_000, description="how many tokens of prompts one step takes in at most"
+    )
+    precision: Literal["exact", "fast", "int8", "float32", "float16", "bfloat16"] = Field(
+        default="exact",
+        description="of the matrix products: exact, fast (half precision allowed), int8 (that too), or one type",
+    )
+    max_queue: int = Field(default=100_000, ge=1, description="how many requests may wait")
+    when_full: Literal["wait", "refuse"] = Field(
+        default="wait", description="what happens to a request when the queue is full"
+    )
 
 # %% ../nbs/api/01_configs.ipynb #24064a9a
 @config

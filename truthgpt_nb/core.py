@@ -18,11 +18,11 @@ from types import ModuleType
 from typing import Any
 
 # %% auto #0
-__all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'DependencyError', 'nearest', 'unknown_name',
-           'require', 'format_seconds', 'format_bytes', 'format_ratio', 'Table', 'subplots', 'write_whole',
-           'file_digest', 'user_cache_dir']
+__all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'EngineError', 'DependencyError', 'nearest',
+           'unknown_name', 'require', 'format_seconds', 'format_bytes', 'format_ratio', 'Table', 'subplots',
+           'write_whole', 'file_digest', 'user_cache_dir']
 
-# %% ../nbs/api/00_core.ipynb #38cb34f2
+# %% ../nbs/api/00_core.ipynb #f54f58d1
 class TruthGPTError(Exception):
     "Base of every error that this package raises on purpose."
 
@@ -59,6 +59,10 @@ class ModelError(TruthGPTError, RuntimeError):
 
 class CacheError(TruthGPTError, RuntimeError):
     "The cache folder or its database cannot be used."
+
+
+class EngineError(TruthGPTError, RuntimeError):
+    "A request failed, or an engine cannot take it."
 
 
 class DependencyError(TruthGPTError, ImportError):

@@ -29,7 +29,8 @@ from .core import InputError, Table, format_bytes, user_cache_dir
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'synchronize', 'device_of', 'seeded', 'evaluating', 'threads', 'model_lock',
-           'environment', 'package_version', 'Capability', 'Doctor', 'doctor', 'bfloat16_is_native', 'compiler_problem']
+           'environment', 'package_version', 'available_memory', 'Capability', 'Doctor', 'doctor', 'bfloat16_is_native',
+           'compiler_problem']
 
 # %% ../nbs/api/02_devices.ipynb #66729f5f
 def pick_device(
@@ -146,7 +147,7 @@ def model_lock(
     "The lock under which a model's mode and settings are switched, whoever switches them."
     return _locks.setdefault(model, threading.RLock())
 
-# %% ../nbs/api/02_devices.ipynb #4096751b
+# %% ../nbs/api/02_devices.ipynb #6d53d318
 def environment() -> dict[str, Any]:  # plain data
     "The versions and the hardware that a measurement depends on."
     record: dict[str, Any] = {
@@ -192,6 +193,20 @@ def _memory_bytes() -> int | None:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def available_memory(
+    device: str | torch.device = "cpu",  # whose memory
+) -> int:  # bytes
+    "How much memory can be taken now without others suffering, as far as the system says."
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    return (_memory_bytes() or 2**32) // 2
 
 # %% ../nbs/api/02_devices.ipynb #9c08f665
 @dataclass(frozen=True)
