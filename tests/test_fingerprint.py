@@ -292,6 +292,7 @@ other_settings = {
     "seed": 2,
     "stop": ("x",),
     "batch_size": 3,
+    "num_return_sequences": 2,
 }
 
 

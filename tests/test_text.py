@@ -1,5 +1,6 @@
 """What would bore a reader of 09_text: each architecture, each stop string, each way to interrupt."""
 
+import asyncio
 import os
 import random
 import signal
@@ -20,10 +21,12 @@ from test_models import byte_tokenizer, llama_config, random_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
+from truthgpt_nb import engine as engine_module
 from truthgpt_nb import text as text_module
 from truthgpt_nb.cache import CacheManager
-from truthgpt_nb.core import CacheError, ConfigError, InputError
-from truthgpt_nb.text import GeneratedText, TextGenerator, TextStream
+from truthgpt_nb.configs import InferenceConfig
+from truthgpt_nb.core import CacheError, ConfigError, EngineError, InputError
+from truthgpt_nb.text import GeneratedText, TextGenerator
 
 SIZE = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -143,7 +146,7 @@ def test_a_seed_gives_the_same_text_in_any_company(plain):
 
 def test_the_distribution_is_that_of_the_model(plain, monkeypatch):
     numbers = random.Random(1)  # unseeded calls take fresh seeds: here they are fixed, so that the test is
-    monkeypatch.setattr(text_module.secrets, "randbits", numbers.getrandbits)
+    monkeypatch.setattr(engine_module.secrets, "randbits", numbers.getrandbits)
     drawn = plain.run(["the"] * 3000, 1, do_sample=True, temperature=3.0, top_k=8, batch_size=1000)
     with torch.no_grad():
         logits = plain.model(torch.tensor([plain.tokenizer("the").input_ids])).logits[0, -1]
@@ -317,24 +320,13 @@ def test_an_adapter_is_written_with_and_put_back(tmp_path):
     assert base.generation_config is own
 
 
-def test_autocast_reaches_the_stream_and_the_key(tmp_path):
+def test_autocast_changes_nothing(tmp_path):
     generator = TextGenerator(model_of("llama"), byte_tokenizer(), cache_dir=tmp_path)
-    types = []
-
-    def write(call):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return call()
-
-    real = text_module._Watch.__call__
-    try:
-        text_module._Watch.__call__ = lambda *a, **k: types.append(torch.is_autocast_enabled("cpu")) or real(*a, **k)
-        stream = write(lambda: generator.stream("abc", 3))
-        list(stream)
-    finally:
-        text_module._Watch.__call__ = real
-    assert set(types) == {True} and not stream.result.cached
-    assert not generator.run("abc", 3).cached
-    assert write(lambda: generator.run("abc", 3)).cached
+    plain = generator.run("abc", 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generator.run("abc", 12).cached
+        stream = TextGenerator(generator.model, byte_tokenizer(), use_cache=False).stream("abc", 12)
+        assert "".join(stream) == plain.text
     generator.cache.close()
 
 
@@ -349,35 +341,167 @@ def generator(llama, tmp_path):
 
 
 @pytest.fixture
-def rows(monkeypatch):
-    "How many rows each run of the model had."
-    counted, real = [], TextGenerator._run_model
-    monkeypatch.setattr(
-        TextGenerator, "_run_model", lambda self, jobs, call: counted.append(len(jobs)) or real(self, jobs, call)
-    )
-    return counted
+def started(monkeypatch):
+    "The prompts that went to the engine."
+    prompts, real = [], text_module._Local.start
+
+    def start(self, job, background):
+        prompts.append(job.prompt)
+        return real(self, job, background)
+
+    monkeypatch.setattr(text_module._Local, "start", start)
+    return prompts
 
 
-def test_only_what_is_missing_is_written_and_the_order_kept(generator, rows):
+def test_only_what_is_missing_is_written_and_the_order_kept(generator, started):
     alone = {prompt: generator.run(prompt, 8) for prompt in PROMPTS[:3]}
-    del rows[:]
+    del started[:]
     asked = ["new", *PROMPTS[:3], "other", "new"]
     written = generator.run(asked, 8)
-    assert rows == [2]
+    assert started == ["new", "other"]
     assert [one.prompt for one in written] == asked
     assert [one.cached for one in written] == [False, True, True, True, False, False]
     assert [one.text for one in written[1:4]] == [alone[prompt].text for prompt in PROMPTS[:3]]
     assert written[0] == written[5]
     assert [one.cached for one in generator.run(asked, 8)] == [True] * 6
-    assert rows == [2]
+    assert started == ["new", "other"]
 
 
-def test_a_hundred_prompts_in_batches(generator, rows):
+def test_a_hundred_prompts_so_many_at_once(generator, started):
     prompts = [f"{'word ' * (n * 7 % 5)}{n}" for n in range(100)]
-    texts = generator.generate(prompts, 4, batch_size=16)
-    assert rows == [16] * 6 + [4]
-    assert texts == [generator.generate(prompt, 4, batch_size=16) for prompt in prompts]
-    assert len(rows) == 7
+    for limit, most in ((16, 16), (None, 32)):
+        generator.cache.clear()
+        del started[:]
+        before = len(generator.engine.stats().steps)
+        texts = generator.generate(prompts, 4, batch_size=limit)
+        assert max(step.writing for step in generator.engine.stats().steps[before:]) == most
+        assert started == prompts
+        assert texts == [generator.generate(prompt, 4) for prompt in prompts]
+        assert started == prompts
+
+
+def test_the_seconds_of_a_list_add_up(plain):
+    start = time.perf_counter()
+    written = plain.run(PROMPTS, 30)
+    took = time.perf_counter() - start
+    assert all(one.seconds > 0 for one in written)
+    assert sum(one.seconds for one in written) <= took
+    longest, shortest = (max(written, key=lambda one: len(one.tokens)), min(written, key=lambda one: len(one.tokens)))
+    assert len(longest.tokens) == len(shortest.tokens) or longest.seconds > shortest.seconds / 3
+
+
+def test_several_texts_of_one_prompt(generator):
+    settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0, "seed": 5}
+    three = generator.generate("abc", **settings, num_return_sequences=3)
+    assert len(set(three)) == 3
+    assert three == [generator.generate("abc", **settings | {"seed": seed}) for seed in (5, 6, 7)]
+    assert all(one.cached for one in generator.run("abc", **settings, num_return_sequences=3))
+    pairs = generator.generate(["abc", "d"], **settings, num_return_sequences=2)
+    assert pairs == [three[:2], [generator.generate("d", **settings | {"seed": seed}) for seed in (5, 6)]]
+    with pytest.raises(ConfigError, match="num_return_sequences has an effect only with do_sample=True"):
+        generator.generate("abc", num_return_sequences=2)
+    with pytest.raises(InputError, match="num_return_sequences must be 1 here"):
+        generator.stream("abc", **settings, num_return_sequences=2)
+
+
+def test_a_prompt_that_fails_leaves_the_others_in_the_cache(generator, monkeypatch):
+    real = text_module._Flight.take
+
+    def take(self, tokens):
+        if self.job.prompt == "bad":
+            raise ZeroDivisionError("here")
+        return real(self, tokens)
+
+    monkeypatch.setattr(text_module._Flight, "take", take)
+    with pytest.raises(EngineError, match="ZeroDivisionError: here") as failed:
+        generator.generate(["a", "bad", "b"], 8)
+    assert isinstance(failed.value.__cause__, ZeroDivisionError)
+    assert [generator.run(prompt, 8).cached for prompt in ("a", "b")] == [True, True]
+    assert generator.stats().puts == 2
+
+
+# --- the same asked for meanwhile --------------------------------------------------------------------------------
+
+
+def test_tasks_of_an_event_loop_are_written_together(generator, started):
+    expected = generator.generate(["a", "b", "c"], 20)
+    generator.cache.clear()
+    del started[:]
+
+    async def main():
+        asked = [generator.agenerate(prompt, 20) for prompt in ("a", "b", "a", "c", "a")]
+        return await asyncio.gather(*asked, generator.agenerate(["c", "a"], 20))
+
+    a, b, c = expected
+    assert asyncio.run(main()) == [a, b, a, c, a, [c, a]]
+    assert sorted(started) == ["a", "b", "c"]
+    assert generator.run("a", 20).cached and generator.stats().puts == 6
+    with pytest.raises(InputError, match="prompt must not be empty"):
+        asyncio.run(generator.agenerate(""))
+
+
+def test_a_cancelled_task_leaves_the_text_to_the_others(generator, monkeypatch):
+    steps_of(monkeypatch, lambda n: time.sleep(0.01))
+    expected = generator.generate("abc", 40)
+    generator.cache.clear()
+    before = generator.engine.stats().requests.get("cancelled", 0)
+
+    async def main():
+        first, second = (asyncio.create_task(generator.agenerate("abc", 40)) for _ in range(2))
+        alone = asyncio.create_task(generator.agenerate("d", 100))
+        await asyncio.sleep(0.1)
+        first.cancel()
+        alone.cancel()
+        return await asyncio.gather(first, second, alone, return_exceptions=True)
+
+    first, second, alone = asyncio.run(main())
+    assert isinstance(first, asyncio.CancelledError) and isinstance(alone, asyncio.CancelledError)
+    assert second == expected
+    assert generator._flights == {} and not generator.run("d", 100).cached
+    assert generator.engine.stats().requests["cancelled"] == before + 1
+
+
+def test_threads_that_ask_for_the_same(generator, started):
+    written = []
+    threads = [threading.Thread(target=lambda: written.append(generator.generate("abc", 60))) for _ in range(4)]
+    streams = [generator.stream("abc", 60) for _ in range(2)]
+    first = next(streams[0])
+    for thread in threads:
+        thread.start()
+    texts = [first + "".join(streams[0]), "".join(streams[1])]
+    for thread in threads:
+        thread.join()
+    assert set(texts + written) == {generator.generate("abc", 60)} and len(written) == 4
+    assert started == ["abc"]
+    assert generator.stats().puts == 1
+
+
+def test_drawn_without_a_seed_is_never_shared(plain, started):
+    asked = [plain.agenerate("abc", 12, do_sample=True, temperature=5.0) for _ in range(3)]
+
+    async def main():
+        return await asyncio.gather(*asked)
+
+    assert len(set(asyncio.run(main()))) == 3 and started == ["abc"] * 3
+    assert plain._flights == {}
+
+
+def test_generators_share_the_engine_of_a_model(llama):
+    tokenizer = byte_tokenizer()
+    one, other = (TextGenerator(llama, tokenizer, use_cache=False) for _ in range(2))
+    small = TextGenerator(llama, tokenizer, use_cache=False, engine=InferenceConfig(max_batch_size=2))
+    assert one.engine is other.engine is not small.engine
+    assert small.generate(PROMPTS, 8) == one.generate(PROMPTS, 8)
+    assert max(step.writing for step in small.engine.stats().steps) == 2
+
+
+def test_a_bar_for_a_long_list(plain, capsys, monkeypatch):
+    monkeypatch.setattr("truthgpt_nb.text._BAR_SECONDS", 0)
+    plain.generate(["a", "b", "c"], 4, progress=True)
+    assert "0/3" in capsys.readouterr().err
+    plain.generate(["a", "b", "c"], 4)  # nobody looks at a captured stderr
+    plain.generate(["a", "b", "c"], 4, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -415,7 +539,9 @@ def test_a_model_with_a_strange_hook_is_not_cached(llama, generator):
     try:
         with pytest.warns(UserWarning, match="answers are not cached: a forward hook") as said:
             assert [generator.run("hook", 4).cached for _ in range(2)] == [False, False]
-        assert len(said) == 1
+        messages = [str(one.message) for one in said]
+        assert sum("not cached" in message for message in messages) == 1
+        assert sum("run by transformers' generate, one by one: a forward hook" in message for message in messages) == 1
     finally:
         hook.remove()
     assert generator.stats().puts == 0
@@ -466,35 +592,35 @@ def test_a_locked_database_costs_the_cache_not_the_answer(llama, tmp_path, monke
 
 
 def steps_of(monkeypatch, also=lambda n: None):
-    "Counts the tokens that the model writes, and does something at each."
-    counted, real = [], text_module._Watch.__call__
+    "Counts the tokens that are written, and does something at each."
+    counted, real = [], text_module._Flight.take
 
-    def watch(*args, **kwargs):
+    def take(*args, **kwargs):
         counted.append(threading.current_thread())
         also(len(counted))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(text_module._Watch, "__call__", watch)
+    monkeypatch.setattr(text_module._Flight, "take", take)
     return counted
 
 
 def test_a_break_ends_the_writing(generator, monkeypatch):
-    steps = steps_of(monkeypatch, lambda n: time.sleep(0.01))
+    steps = steps_of(monkeypatch)
     generator.model.train()
     for n, _ in enumerate(generator.stream("abc", 60)):
         if n == 2:
             break
-    count = len(steps)
-    assert count < 30 and not steps[0].is_alive()
+    assert len(steps) == 3 and set(steps) == {threading.current_thread()}
     assert generator.model.training
     generator.model.eval()
     assert generator.stats().puts == 0
     assert not generator.run("abc", 60).cached
 
 
-@pytest.mark.parametrize("way", ["close", "with", "cancel", "other thread"])
+@pytest.mark.parametrize("way", ["close", "with", "cancel", "other thread", "drop"])
 def test_each_way_to_close_a_stream(generator, monkeypatch, way):
-    steps, cancel = steps_of(monkeypatch, lambda n: time.sleep(0.01)), threading.Event()
+    steps, cancel = steps_of(monkeypatch), threading.Event()
+    before = generator.engine.stats().requests.get("cancelled", 0)
     stream = generator.stream("abc", 60, cancel=cancel)
     first = next(stream)
     if way == "with":
@@ -506,13 +632,28 @@ def test_each_way_to_close_a_stream(generator, monkeypatch, way):
         thread = threading.Thread(target=stream.close)
         thread.start()
         thread.join()
+    elif way == "drop":
+        stream = iter(())
     else:
         stream.close()
-    at_close = len(steps)
-    assert list(stream) == [] and stream.result is None
-    assert len(steps) <= at_close + 1 and not steps[0].is_alive()
+    assert cancel.is_set() == (way == "cancel")
+    assert list(stream) == [] and getattr(stream, "result", None) is None
+    assert len(steps) == 1 and generator._flights == {}
     assert generator.stats().puts == 0
     assert generator.generate("abc", 60).startswith(first)
+    assert generator.engine.stats().requests["cancelled"] == before + 1
+
+
+def test_a_stream_is_closed_while_another_thread_waits_for_it(generator, monkeypatch):
+    steps, pieces = steps_of(monkeypatch, lambda n: time.sleep(0.01)), []
+    stream = generator.stream("abc", 100)
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    while len(steps) < 3:
+        time.sleep(0.001)
+    stream.close()
+    reader.join()
+    assert 0 < len(pieces) <= len(steps) < 90 and stream.result is None
 
 
 def test_a_stream_that_is_never_read_costs_nothing(generator, monkeypatch):
@@ -532,7 +673,7 @@ def test_closing_twice_and_after_the_end(generator):
     assert isinstance(result, GeneratedText) and result.text == text
 
 
-def test_an_error_of_the_model_reaches_the_reader(generator, monkeypatch):
+def test_an_error_while_writing_reaches_the_reader(generator, monkeypatch):
     def fail(n):
         if n % 4 == 0:
             raise ZeroDivisionError
@@ -542,9 +683,9 @@ def test_an_error_of_the_model_reaches_the_reader(generator, monkeypatch):
     with monkeypatch.context() as patch:
         steps_of(patch, fail)
         stream = generator.stream("abc", 20)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(EngineError, match="ZeroDivisionError"):
             list(stream)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(EngineError, match="ZeroDivisionError"):
             generator.run(["abc", "d"], 20)
     assert generator.model.training and generator.model.generation_config is own
     generator.model.eval()
@@ -571,41 +712,20 @@ def test_ctrl_c(generator, monkeypatch, request, streaming):
         )
         with pytest.raises(KeyboardInterrupt):
             write()
-        assert len(steps) < 30
+        assert len(steps) < 30 and set(steps) == {threading.main_thread()}
     assert generator.stats().puts == 0
     assert generator.run("abc", 60).cached is False
-    assert not any(thread.is_alive() for thread in steps if thread is not threading.main_thread())
+    assert generator._flights == {}
 
 
-def test_a_call_waits_for_a_stream(generator, monkeypatch):
-    inside, most, real = [], [], TextGenerator._run_model
-
-    def nested(self, jobs, call):
-        with self._lock:
-            inside.append(1)
-            most.append(len(inside))
-            done = real(self, jobs, call)
-            inside.pop()
-            return done
-
-    monkeypatch.setattr(TextGenerator, "_run_model", nested)
+def test_a_call_goes_on_beside_an_open_stream(generator):
+    threads = threading.active_count()
     stream = generator.stream("abc", 30)
     first = next(stream)
     other = generator.generate("d", 10)
     assert first + "".join(stream) == generator.generate("abc", 30)
-    assert other == generator.generate("d", 10) and max(most) == 1
-
-
-def test_the_worker_ends_with_the_stream():
-    before = threading.active_count()
-
-    def write(show, stopped):
-        show("a")
-        while not stopped():
-            time.sleep(0.001)
-
-    assert next(TextStream(write)) == "a"  # dropped at once
-    assert threading.active_count() == before
+    assert other == generator.generate("d", 10)
+    assert threading.active_count() == threads
 
 
 OPEN_AT_EXIT = """
@@ -655,13 +775,14 @@ REFUSED = [
     ("a", {"stop": ""}, ConfigError, "stop"),
     ("a", {"stop": [1]}, ConfigError, "stop"),
     ("a", {"batch_size": 0}, ConfigError, "batch_size"),
+    ("a", {"do_sample": True, "num_return_sequences": 0}, ConfigError, "num_return_sequences"),
     ("", {"seed": -1}, ConfigError, "seed"),
 ]
 
 
 @pytest.mark.parametrize(("prompt", "settings", "kind", "message"), REFUSED)
 def test_refusals_come_before_the_model(generator, monkeypatch, prompt, settings, kind, message):
-    monkeypatch.setattr(TextGenerator, "_run_model", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(text_module._Local, "start", lambda *_: pytest.fail("the model ran"))
     for call in (generator.generate, generator.run):
         with pytest.raises(kind, match=message):
             call(prompt, **settings)
@@ -772,27 +893,18 @@ def test_two_generators_share_a_model_and_leave_it_as_it_was(llama):
     assert llama.generation_config is own and llama.training is mode
 
 
-class SeesPadding(torch.nn.Module):
-    "What a recurrent model without a mask does: padding enters its state."
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.real = model, model.forward
-        model.forward = self.forward
-
-    def forward(self, input_ids, attention_mask=None, **kwargs):
-        return self.real(input_ids=input_ids, **kwargs)
-
-
-def test_a_model_that_sees_padding_gets_rows_of_one_length(monkeypatch):
+def test_a_model_that_the_engine_cannot_run_is_written_with_one_by_one():
     model = model_of("llama")
-    SeesPadding(model)
     generator = TextGenerator(model, byte_tokenizer(), use_cache=False)
-    alone = [generator.generate(prompt, 10) for prompt in PROMPTS]
-    with pytest.warns(UserWarning, match="does not leave padding out"):
-        assert generator.generate(PROMPTS, 10) == alone
-    honest = TextGenerator(model_of("llama"), byte_tokenizer(), use_cache=False)
-    assert honest._may_mix([text_module._Job("", [5]), text_module._Job("", [5, 6])])
+    expected = generator.run(PROMPTS, 10)
+    model.forward = partial(model.forward)
+    with pytest.warns(UserWarning, match="one by one: its forward method was exchanged or compiled"):
+        written = generator.run(PROMPTS, 10)
+    assert [one.tokens for one in written] == [one.tokens for one in expected]
+    assert [one.finish_reason for one in written] == [one.finish_reason for one in expected]
+    assert "".join(generator.stream(PROMPTS[1], 10)) == expected[1].text
+    del model.forward
+    assert generator.run(PROMPTS, 10)[0].tokens == expected[0].tokens and generator.engine.fallback is None
 
 
 def test_a_model_with_an_encoder_is_refused():

@@ -196,7 +196,7 @@ class ModelConfig:
     allow_pickle: bool = Field(default=False, description="whether weights that are stored as a pickle may be opened")
     trust_remote_code: bool = Field(default=False, description="whether Python files that come with the model may run")
 
-# %% ../nbs/api/01_configs.ipynb #380d576b
+# %% ../nbs/api/01_configs.ipynb #a173da80
 @config
 class GenerationConfig:
     "How text is written."
@@ -220,10 +220,17 @@ class GenerationConfig:
         default=None, ge=0, lt=2**63, description="makes a drawn text repeatable; without one it is not cached"
     )
     stop: tuple[str, ...] = Field(default=(), description="strings that end the text; they are not part of it")
-    batch_size: int = Field(default=16, ge=1, le=4096, description="how many prompts of a list are written at once")
+    num_return_sequences: int = Field(default=1, ge=1, le=4096, description="how many texts to draw for each prompt")
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="how many texts of a list are written at once; all that fit if not given",
+    )
 
     def __post_init__(self) -> None:
         drawing = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "seed": None}
+        drawing |= {"num_return_sequences": 1}
         for name, unset in drawing.items():
             if not self.do_sample and getattr(self, name) != unset:
                 raise ConfigError(

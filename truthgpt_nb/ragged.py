@@ -281,7 +281,7 @@ class _Attention:
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return weights[..., : k.shape[2]] @ v
 
-# %% ../nbs/api/07a_ragged.ipynb #67dbe0c7
+# %% ../nbs/api/07a_ragged.ipynb #dea8b435
 _NAME = "truthgpt_ragged"
 
 
@@ -303,6 +303,7 @@ class RaggedModel:
         for module in self.model.modules():
             if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
                 module.config._attn_implementation_internal = _NAME  # type: ignore[union-attr]
+                module.config.pad_token_id = None  # type: ignore[union-attr]  # there is none to be warned of
         self.slots, self.device = Slots(slots, length), device_of(model)
 
     def forward(
@@ -328,7 +329,7 @@ class RaggedModel:
             )
         return output.logits[0]
 
-# %% ../nbs/api/07a_ragged.ipynb #524f4450
+# %% ../nbs/api/07a_ragged.ipynb #78acf988
 _OTHER_LAYERS = ("mamba", "linear_attention", "recurrent", "conv", "chunked_attention")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -390,5 +391,6 @@ def last_logits(
     ids: Sequence[int],  # the tokens of one text
 ) -> torch.Tensor:  # 1 × vocabulary
     "The logits after the last token of a text, by the model itself."
+    row = torch.tensor([list(ids)], device=device_of(model))
     with model_lock(model), evaluating(model):
-        return model(input_ids=torch.tensor([list(ids)], device=device_of(model)), use_cache=False).logits[:, -1]
+        return model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[:, -1]
