@@ -329,7 +329,7 @@ class RaggedModel:
             )
         return output.logits[0]
 
-# %% ../nbs/api/07a_ragged.ipynb #78acf988
+# %% ../nbs/api/07a_ragged.ipynb #445b2b55
 _OTHER_LAYERS = ("mamba", "linear_attention", "recurrent", "conv", "chunked_attention")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -349,6 +349,9 @@ def ragged_refusal(
 def _reason_by_kind(model: Any) -> str | None:
     if any("forward" in vars(module) or module._compiled_call_impl for module in model.modules()):
         return "its forward method was exchanged or compiled"
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    if hooked:
+        return f"a forward hook stands on {hooked[0] or 'the model'}"
     if "logits_to_keep" not in inspect.signature(type(model).forward).parameters and not hasattr(model, "peft_config"):
         return "its forward method takes no logits_to_keep"
     if len({tensor.device for tensor in model.parameters()}) > 1:

@@ -222,7 +222,7 @@ def _name_of(model: Any) -> str:
     source = getattr(getattr(model, "text_model", model), "source", None)
     return source.name if source else type(model).__name__
 
-# %% ../nbs/api/19_widgets.ipynb #c021c91e
+# %% ../nbs/api/19_widgets.ipynb #95f52964
 class TextPanel:
     "Write text with a language model, and watch it."
 
@@ -236,7 +236,7 @@ class TextPanel:
         self.result: GeneratedText | None = None
         self.prompt = Textarea(prompt, rows=3, description="prompt", layout=Layout(width="auto"))
         self.prompt.style.description_width = "4rem"
-        self.settings = SettingsForm(GenerationConfig, settings, leave_out=["batch_size"])
+        self.settings = SettingsForm(GenerationConfig, settings, leave_out=["batch_size", "num_return_sequences"])
         self.choice, self.output = _ModelChoice(model, cache_dir=cache_dir), HTML()
         self.write_button = Button(description="Write", button_style="primary")
         self.cancel_button = Button(description="Cancel")
@@ -331,7 +331,7 @@ def _facts(result: Any) -> str:
     rate = "from the cache" if result.cached else f"{result.tokens_per_second:.3g} tokens/s"
     return f"{rate}, {format_seconds(result.seconds)}, ended by {result.finish_reason}"
 
-# %% ../nbs/api/19_widgets.ipynb #6ddb4af2
+# %% ../nbs/api/19_widgets.ipynb #0d98982a
 class ProfilePanel:
     "Find out where the time and memory of a call go."
 
@@ -382,7 +382,7 @@ class ProfilePanel:
         model, run = self._model, self._run
         if self.choice:
             generator = TextGenerator(self.choice.get(self._task.say).text_model, use_cache=False)
-            model, run = generator.model, lambda: generator.run(prompt, max_new_tokens=tokens)
+            model, run = generator.model, lambda: generator.reference(prompt, tokens)
         calls = config.warmup + 3
         self._task.say(f"Profiling: {calls} calls, two of them recorded …", running=True)
         self.result = ModelProfiler(model, config).profile(run)
