@@ -438,7 +438,8 @@ def test_a_name_that_is_refused_by_the_server():
     words = "The model `other` does not exist."
     listing = [{"id": "others", "owned_by": "me"}]
     with serving(status(404, words), listing=listing) as server, RemoteModel(server.url, model="other") as model:
-        refusal = pytest.raises(InputError, model.write, "hello")
+        with pytest.raises(InputError) as refusal:
+            model.write("hello")
         assert "the server has, got 'other'. Did you mean 'others'" in str(refusal.value)
 
 
@@ -678,19 +679,14 @@ def served(tmp_path_factory):
         port = free.getsockname()[1]
     start = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
     command = [sys.executable, "-c", start, "serve", str(folder), "--port", str(port), "--device", "cpu"]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder.parent),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    log = (folder.parent / "log").open("w")
-    process = subprocess.Popen([*command, "--host", "127.0.0.1"], env=environment, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    log, url, patience = folder.parent / "log", f"http://127.0.0.1:{port}", time.monotonic() + 400
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--host", "127.0.0.1"], env=os.environ | own, stdout=file, stderr=file)
     try:
         with RemoteModel(url, retries=0) as model:
             while not model.is_up():
-                assert process.poll() is None, (folder.parent / "log").read_text()
+                assert process.poll() is None and time.monotonic() < patience, log.read_text()
                 time.sleep(0.2)
         yield url, folder
     finally:
@@ -711,8 +707,11 @@ def real(served):
 @pytest.fixture(scope="module")
 def alone(served):
     "What transformers' own generate writes with the same weights."
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server: on a busy machine two wait for each other
     tokenizer = AutoTokenizer.from_pretrained(served[1])
     model = AutoModelForCausalLM.from_pretrained(served[1])
 
@@ -721,7 +720,8 @@ def alone(served):
         ids = model.generate(**row, max_new_tokens=count, do_sample=False, **settings)[0, row.input_ids.shape[1] :]
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    return write
+    yield write
+    torch.set_num_threads(threads)
 
 
 PROMPTS = ["The captain looked at the", "My dear sister,", "It was a cold morning, and"]

@@ -207,7 +207,7 @@ def _request(prompt: Any) -> tuple[str, dict[str, Any]]:
         raise InputError(name, "must be valid Unicode and fit into JSON", error, "Replace lone surrogates.") from error
     return ("/chat/completions", {"messages": list(prompt)}) if chat else ("/completions", {"prompt": prompt})
 
-# %% ../nbs/api/08a_remote.ipynb #9ce554ba
+# %% ../nbs/api/08a_remote.ipynb #1b4663d8
 _SETTINGS = {"max_tokens": "max_new_tokens", "repeat_penalty": "repetition_penalty"} | {
     name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 }
@@ -234,6 +234,8 @@ def _refused(status: int | None, words: str, path: str, base_url: str, models: l
     if status is None:
         return RemoteError("the stream", "must go on until the text ends", said, "See the server's log.")
     step = "See the server's log. If it is overloaded, wait, lower concurrency, or raise retries."
+    step += " A chat needs a model with a chat template." if "chat" in path else ""
+    step += " A server that was started without a model needs model=." if model is None else ""
     return RemoteError("base_url", "must be a server that can answer", said, step)
 
 # %% ../nbs/api/08a_remote.ipynb #4b39ba0f
@@ -275,7 +277,7 @@ def _next(queue: SimpleQueue[Any], stopped: Callable[[], bool] | None = None) ->
             continue
     return None
 
-# %% ../nbs/api/08a_remote.ipynb #34059c8f
+# %% ../nbs/api/08a_remote.ipynb #b12abd52
 class RemoteModel:
     "A language model behind an OpenAI-compatible server."
 
@@ -301,6 +303,7 @@ class RemoteModel:
         self._openai = require("openai", "remote", "to talk to a server")
         self._models: list[str] = []
         self._line: _Line | None = None
+        self._end: Callable[[], Any] = lambda: None
         self._known = self._closed = False
         self._opening = threading.Lock()
 
@@ -370,9 +373,8 @@ class RemoteModel:
     def close(self) -> None:
         "End what is under way, and close the connections."
         with self._opening:
-            self._closed, line, self._line = True, self._line, None
-        if line is not None:
-            line.close()
+            self._closed = True
+        self._end()
 
     def __enter__(self) -> RemoteModel:
         return self
@@ -390,7 +392,7 @@ class RemoteModel:
                     raise RemoteError("RemoteModel", "must be open", "a closed one", "Make another one.")
                 if self._line is None or not self._line.thread.is_alive():  # the second after a fork
                     self._line = _Line(self._client())
-                    weakref.finalize(self, self._line.close)
+                    self._end = weakref.finalize(self, self._line.close)  # also at the exit of Python
                 return self._line.submit(work)
         except BaseException:
             work.close()
