@@ -127,7 +127,7 @@ class _Text:
             self.shown = True
             self.show(piece)
 
-# %% ../nbs/api/08a_remote.ipynb #3451f63f
+# %% ../nbs/api/08a_remote.ipynb #f57ce63c
 class _Odd(Exception):
     "An answer that is not what the protocol says."
 
@@ -155,7 +155,7 @@ def _words(body: Any) -> str:
     "What the body of an error says."
     while isinstance(body, dict) and (inner := body.get("error") or body.get("message") or body.get("detail")):
         body = inner
-    return " ".join(str(body).split())[:500]
+    return " ".join(str(body).split())
 
 # %% ../nbs/api/08a_remote.ipynb #21566ea8
 def _checked_url(base_url: Any) -> str:
@@ -238,21 +238,26 @@ def _refused(status: int | None, words: str, path: str, base_url: str, models: l
     step += " A server that was started without a model needs model=." if model is None else ""
     return RemoteError("base_url", "must be a server that can answer", said, step)
 
-# %% ../nbs/api/08a_remote.ipynb #4b39ba0f
+# %% ../nbs/api/08a_remote.ipynb #5e2b28e4
 class _Line:
     "A client, and the event loop that it lives in."
 
     def __init__(self, client: Any):
-        self.client, self.loop = client, asyncio.new_event_loop()
+        self.client, self.loop, self.jobs = client, asyncio.new_event_loop(), set[Future[Any]]()
         self.thread = threading.Thread(target=self.loop.run_forever, name="truthgpt_nb.remote", daemon=True)
         self.thread.start()
 
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+        job = asyncio.run_coroutine_threadsafe(work, self.loop)
+        self.jobs.add(job)
+        job.add_done_callback(self.jobs.discard)
+        return job
 
     def close(self) -> None:
         "End what is under way, close the connections, end the thread."
         if threading.current_thread() is not self.thread and self.thread.is_alive():
+            for job in list(self.jobs):
+                job.cancel()
             self.submit(self._wind_up()).result()
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join()
@@ -261,10 +266,7 @@ class _Line:
             self.loop.call_soon(self.loop.stop)
 
     async def _wind_up(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
         await self.client.close()
 
 
@@ -277,7 +279,7 @@ def _next(queue: SimpleQueue[Any], stopped: Callable[[], bool] | None = None) ->
             continue
     return None
 
-# %% ../nbs/api/08a_remote.ipynb #b12abd52
+# %% ../nbs/api/08a_remote.ipynb #1a9ed22d
 class RemoteModel:
     "A language model behind an OpenAI-compatible server."
 
@@ -458,12 +460,12 @@ class RemoteModel:
         if isinstance(error, _Half):
             step = "See the server's log. A stream is begun again only as long as nothing of it was shown."
             return RemoteError("the stream", "must say why the text ends", error, step)
-        said = _Odd(f"the line {error.doc[:200]!r}") if isinstance(error, json.JSONDecodeError) else error
+        said = _Odd(f"the line {error.doc}") if isinstance(error, json.JSONDecodeError) else error
         step = "Check that base_url is an OpenAI-compatible server."
         return RemoteError("the answer", "must be JSON of OpenAI's protocol", _Said(self._scrubbed(str(said))), step)
 
     def _scrubbed(self, words: str) -> str:
-        return words.replace(self._key, "***") if self._key else words
+        return (words.replace(self._key, "***") if self._key else words)[:500]
 
     async def _answers(self, timeout: float) -> bool:
         client = self._line_client().with_options(max_retries=0, timeout=timeout)
@@ -503,11 +505,11 @@ class RemoteModel:
 
     async def _find_out(self) -> str:
         "Which server it is, and what its model is called; asked once."
-        if not self._known and not (self.model is not None and self.server != "auto"):
-            if self.server == "auto" and await self._is_transformers():
-                self.server = "transformers"
-            if self.server != "transformers":
-                await self._choose_model()
+        if not self._known and (self.model is None or self.server == "auto"):
+            server: Any = "transformers" if self.server == "auto" and await self._is_transformers() else self.server
+            if server != "transformers":
+                server, self.model = await self._chosen(server)
+            self.server = server
         self._known = True
         return self.server
 
@@ -519,20 +521,20 @@ class RemoteModel:
             return False
         return isinstance(answer, dict) and {"/load_model", "/v1/responses"} <= set(answer.get("paths") or ())
 
-    async def _choose_model(self) -> None:
+    async def _chosen(self, server: str) -> tuple[str, str]:
+        "Which server it is by its list of models, and the name of the model."
         models = await self._listed()
-        names = [name for name, *_ in models]
-        if self.server == "auto":
-            owners = {owner for _, owner, _ in models}
-            self.server = next((one for one in ("vllm", "sglang", "llamacpp") if one in owners), "openai")
+        names, owners = [name for name, *_ in models], {owner for _, owner, _ in models}
+        if server == "auto":
+            server = next((one for one in ("vllm", "sglang", "llamacpp") if one in owners), "openai")
         if self.model is None and len(names) != 1:
             step = f"Pass model=. There are: {', '.join(names)}." if names else "Pass model=, and check base_url."
             raise InputError("model", "must be given unless the server lists exactly one", len(names), step)
         others = {name for _, _, aliases in models for name in aliases}
-        if self.model is None:
-            self.model = names[0]
-        elif self.server != "openai" and self.model not in {*names, *others}:  # llama.cpp would take any
-            raise InputError("model", "must be one that the server has", self.model, unknown_name(self.model, names))
+        model = names[0] if self.model is None else self.model
+        if server != "openai" and model not in {*names, *others}:  # llama.cpp would take any
+            raise InputError("model", "must be one that the server has", model, unknown_name(model, names))
+        return server, model
 
     async def _write(self, prompt: Any, settings: GenerationConfig, text: _Text) -> RemoteText:
         start = time.perf_counter()
