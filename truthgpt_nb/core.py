@@ -18,11 +18,11 @@ from types import ModuleType
 from typing import Any
 
 # %% auto #0
-__all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'EngineError', 'DependencyError', 'nearest',
-           'unknown_name', 'require', 'format_seconds', 'format_bytes', 'format_ratio', 'Table', 'subplots',
-           'write_whole', 'file_digest', 'user_cache_dir']
+__all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'EngineError', 'RemoteError',
+           'DependencyError', 'nearest', 'unknown_name', 'require', 'format_seconds', 'format_bytes', 'format_ratio',
+           'Table', 'subplots', 'write_whole', 'file_digest', 'user_cache_dir']
 
-# %% ../nbs/api/00_core.ipynb #f54f58d1
+# %% ../nbs/api/00_core.ipynb #8d4e13f0
 class TruthGPTError(Exception):
     "Base of every error that this package raises on purpose."
 
@@ -63,6 +63,10 @@ class CacheError(TruthGPTError, RuntimeError):
 
 class EngineError(TruthGPTError, RuntimeError):
     "A request failed, or an engine cannot take it."
+
+
+class RemoteError(TruthGPTError, RuntimeError):
+    "A server cannot be reached, refuses a request, or does not answer it to the end."
 
 
 class DependencyError(TruthGPTError, ImportError):
