@@ -103,7 +103,7 @@ def _alone(target: Path) -> Iterator[None]:
         if not lock.is_locked:
             Path(f"{target}.lock").unlink(missing_ok=True)
 
-# %% ../nbs/api/09a_jobs.ipynb #40407e00
+# %% ../nbs/api/09a_jobs.ipynb #e54caf8f
 @dataclass(frozen=True)
 class FileResult:
     "What became of the lines of a file."
@@ -198,10 +198,10 @@ def _write_missing(
         for place, answer in generator.each(prompts(), settings.max_new_tokens, **own):
             number, line, record = wanted.pop(place)
             if isinstance(answer, GeneratedText):
-                added = {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": len(answer.tokens)}
+                added = {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.token_count}
                 _add(out, {"line": number} | record | added)
                 counts["written"] += 1
-                counts["tokens"] += 0 if answer.cached else len(answer.tokens)
+                counts["tokens"] += 0 if answer.cached else answer.token_count
                 bar.update()
             else:
                 reject(number, line, answer)

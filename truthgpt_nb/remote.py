@@ -238,12 +238,13 @@ def _refused(status: int | None, words: str, path: str, base_url: str, models: l
     step += " A server that was started without a model needs model=." if model is None else ""
     return RemoteError("base_url", "must be a server that can answer", said, step)
 
-# %% ../nbs/api/08a_remote.ipynb #5e2b28e4
+# %% ../nbs/api/08a_remote.ipynb #43a85418
 class _Line:
     "A client, and the event loop that it lives in."
 
-    def __init__(self, client: Any):
+    def __init__(self, client: Any, concurrency: int):
         self.client, self.loop, self.jobs = client, asyncio.new_event_loop(), set[Future[Any]]()
+        self.room, self.alone = asyncio.Semaphore(concurrency), asyncio.Lock()
         self.thread = threading.Thread(target=self.loop.run_forever, name="truthgpt_nb.remote", daemon=True)
         self.thread.start()
 
@@ -279,7 +280,7 @@ def _next(queue: SimpleQueue[Any], stopped: Callable[[], bool] | None = None) ->
             continue
     return None
 
-# %% ../nbs/api/08a_remote.ipynb #1a9ed22d
+# %% ../nbs/api/08a_remote.ipynb #05a8e544
 class RemoteModel:
     "A language model behind an OpenAI-compatible server."
 
@@ -329,6 +330,29 @@ class RemoteModel:
                 return self._result(job)
         so_far = text.text if show is None else "".join(shown)
         return RemoteText(so_far, "cancelled", None, time.perf_counter() - start)
+
+    def submit(
+        self,
+        prompt: str | list[dict[str, Any]],  # as for write
+        settings: GenerationConfig | None = None,  # how to write
+        show: Callable[[str], Any] | None = None,  # called with each piece, in the thread of the connections
+    ) -> Future[RemoteText]:  # cancelling it closes the connection
+        "Ask for a text, and do not wait for it; at most `concurrency` are under way."
+        settings = settings or GenerationConfig()
+        return self._submit(self._in_turn(prompt, settings, _Text(settings.stop, show)))
+
+    async def _in_turn(self, prompt: Any, settings: GenerationConfig, text: _Text) -> RemoteText:
+        assert self._line is not None
+        async with self._line.room:
+            if await self._find_out() == "transformers" and settings.seed is not None:
+                async with self._line.alone:
+                    return await self._write(prompt, settings, text)
+            return await self._write(prompt, settings, text)
+
+    def identity(self) -> str:  # asks the server once
+        "Address, kind of server and name of the model: what an answer depends on, as far as a server tells."
+        server = self._run(self._find_out())
+        return f"{self.base_url}, {server}, {self.model or 'its only model'}"
 
     def write_all(
         self,
@@ -393,7 +417,7 @@ class RemoteModel:
                 if self._closed:
                     raise RemoteError("RemoteModel", "must be open", "a closed one", "Make another one.")
                 if self._line is None or not self._line.thread.is_alive():  # the second after a fork
-                    self._line = _Line(self._client())
+                    self._line = _Line(self._client(), self.concurrency)
                     self._end = weakref.finalize(self, self._line.close)  # also at the exit of Python
                 return self._line.submit(work)
         except BaseException:
