@@ -1,6 +1,7 @@
 """RemoteModel against servers that fail in every way they can, and against a real `transformers serve`."""
 
 import _thread
+import asyncio
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from truthgpt_nb.models import embedded_models
 pytest.importorskip("openai")
 
 from truthgpt_nb.remote import RemoteModel
+from truthgpt_nb.text import TextGenerator
 
 KEY = "sk-not-for-your-eyes"
 CHAT = [{"role": "user", "content": "hello"}]
@@ -581,6 +583,7 @@ def test_a_fork_has_a_line_of_its_own():
     code = """
 import os, sys
 from truthgpt_nb.remote import RemoteModel
+from truthgpt_nb.text import TextGenerator
 model = RemoteModel(sys.argv[1])
 model.write("before")
 if pid := os.fork():
@@ -667,6 +670,118 @@ def test_one_text_is_no_list():
         next(model.write_all("hello"))
 
 
+# the same calls as of a model in this process
+
+
+def echo(handler):
+    handler.say(f"{handler.asked.get('prompt') or handler.asked['messages'][0]['content']} it is")
+
+
+@pytest.fixture
+def parrot(tmp_path):
+    with serving(*[echo] * 30) as server:
+        generator = TextGenerator.remote(server.url, cache_dir=tmp_path, concurrency=3)
+        yield server, generator
+        generator.cache.close()
+        generator.model.close()
+
+
+def test_texts_of_a_server_are_cached_and_the_same_is_asked_once(parrot):
+    server, generator = parrot
+    assert generator.generate(["a", "b", "a"], 5) == ["a it is ", "b it is ", "a it is "]
+    assert sorted(asked["prompt"] for asked in server.posts()) == ["a", "b"]
+    one = generator.run("b", 5)
+    assert (one.cached, one.text, one.token_count, one.tokens) == (True, "b it is ", 3, [])
+    assert generator.chat(CHAT, 5) == generator.chat(CHAT, 5) == "hello it is "
+    assert generator.generate("b", 6) == "b it is "  # another number of tokens is another answer
+    assert len(server.posts()) == 4
+    assert json.loads(json.dumps(one.to_dict()))["token_count"] == 3
+
+
+def test_a_stream_of_a_server(parrot):
+    server, generator = parrot
+    stream = generator.stream("a", 5)
+    assert list(stream) == ["a ", "it ", "is "]
+    assert stream.result.text == "a it is " and generator.run("a", 5).cached
+    assert "".join(generator.stream(CHAT, 5)) == "hello it is "
+    assert len(server.posts()) == 2
+
+
+def test_closing_a_stream_of_a_server_closes_the_connection(parrot):
+    server, generator = parrot
+    server.script[:] = [stream("a ", "b ", then=Handler.until_gone)]
+    for piece in generator.stream("x", 5):
+        assert piece == "a "
+        break
+    assert server.gone.acquire(timeout=10)
+    assert generator.stats().puts == 0
+
+
+def test_many_for_a_server_are_taken_as_there_is_room(parrot):
+    _, generator = parrot
+    taken = []
+
+    def prompts():
+        for n in range(20):
+            taken.append(n)
+            yield f"number {n}" if n != 7 else ""
+
+    answers, most = {}, 0
+    for place, answer in generator.each(prompts(), 5):
+        answers[place] = answer
+        most = max(most, len(taken) - len(answers))
+    assert most <= 3
+    assert isinstance(answers.pop(7), InputError)
+    assert {place: one.text for place, one in answers.items()} == {n: f"number {n} it is " for n in answers}
+    assert len(answers) == 19
+
+
+def test_tasks_for_a_server(parrot):
+    server, generator = parrot
+    busy, most, lock = [], [], threading.Lock()
+
+    def slowly(handler):
+        with lock:
+            busy.append(1)
+            most.append(len(busy))
+        time.sleep(0.02)
+        with lock:
+            busy.pop()
+        echo(handler)
+
+    server.script[:] = [slowly] * 12
+
+    async def main():
+        return await asyncio.gather(*(generator.agenerate(f"n{n}", 5) for n in range(12)), generator.agenerate("n3", 5))
+
+    assert asyncio.run(main()) == [*(f"n{n} it is " for n in range(12)), "n3 it is "]
+    assert len(server.posts()) == 12 and max(most) <= 3
+
+
+def test_a_text_that_broke_off_is_begun_again_unless_its_pieces_were_shown(parrot):
+    server, generator = parrot
+    server.script[:] = [stream("half "), echo]
+    assert generator.generate("a", 5) == "a it is "
+    server.script[:] = [stream("half ")]
+    with refusing("the stream must say why the text ends"):
+        list(generator.stream("b", 5))
+    server.script[:] = [status(400, "min_p is unknown")]
+    with refusing("min_p must be what the server takes"):
+        generator.generate("c", 5, do_sample=True, min_p=0.1, seed=1)
+
+
+def test_what_is_only_of_a_model_in_this_process(parrot):
+    _, generator = parrot
+    for call in (lambda: generator.engine, lambda: generator.reference("a")):
+        with pytest.raises(InputError, match="engine is of a model in this process"):
+            call()
+    with pytest.raises(InputError, match="tokenizer and engine are for a model in this process"):
+        TextGenerator(generator.model, tokenizer="x")
+    for prompt, message in (("", "must not be empty"), (3, "must be a string"), ("\ud800", "must be valid Unicode")):
+        with pytest.raises(InputError, match=message):
+            generator.generate(prompt)
+
+
 # a real server
 
 
@@ -741,6 +856,14 @@ def test_greedy_text_of_a_real_server_is_that_of_generate(real, alone):
 def test_many_from_a_real_server(real, alone):
     texts = dict(real.write_all(PROMPTS, GenerationConfig(max_new_tokens=12)))
     assert [texts[place].text for place in range(3)] == [alone(prompt, 12) for prompt in PROMPTS]
+
+
+def test_a_generator_of_a_real_server(real, alone, tmp_path):
+    generator = TextGenerator(real, cache_dir=tmp_path)
+    assert generator.generate([*PROMPTS, PROMPTS[0]], 12) == [alone(prompt, 12) for prompt in [*PROMPTS, PROMPTS[0]]]
+    assert "".join(generator.stream(PROMPTS[1], 12)) == alone(PROMPTS[1], 12)
+    assert generator.run(PROMPTS[2], 12).cached and generator.stats().puts == 3
+    generator.cache.close()
 
 
 def test_a_real_chat(real, alone):

@@ -345,9 +345,9 @@ def started(monkeypatch):
     "The prompts that went to the engine."
     prompts, real = [], text_module._Local.start
 
-    def start(self, job, background):
+    def start(self, job, *options):
         prompts.append(job.prompt)
-        return real(self, job, background)
+        return real(self, job, *options)
 
     monkeypatch.setattr(text_module._Local, "start", start)
     return prompts

@@ -38,7 +38,7 @@ from .sampling import samples
 # %% auto #0
 __all__ = ['GeneratedText', 'TextStream', 'TextGenerator', 'progress_bar']
 
-# %% ../nbs/api/09_text.ipynb #66c0dfb6
+# %% ../nbs/api/09_text.ipynb #06e43580
 @dataclass(frozen=True, repr=False)
 class GeneratedText:
     "What was written for one prompt."
@@ -63,7 +63,8 @@ class GeneratedText:
 
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "The text and all that is known about it as plain data."
-        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        facts = asdict(self) | {"token_count": self.token_count, "tokens_per_second": self.tokens_per_second}
+        return {name: value for name, value in facts.items() if name != "counted"}
 
     def _facts(self) -> str:
         source = "from the cache" if self.cached else f"{self.tokens_per_second:.3g} tokens/s"
@@ -268,7 +269,7 @@ class TextStream:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-# %% ../nbs/api/09_text.ipynb #77de4231
+# %% ../nbs/api/09_text.ipynb #728ee790
 _engines: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[InferenceConfig, InferenceEngine]]
 _engines, _making = weakref.WeakKeyDictionary(), threading.Lock()
 
@@ -304,8 +305,8 @@ class _Writer(ABC):
         "A conversation, checked."
 
     @abstractmethod
-    def start(self, job: _Job, background: bool) -> _Flight:
-        "Have it written; in the background if nobody is going to wait."
+    def start(self, job: _Job, live: bool, background: bool) -> _Flight:
+        "Have it written; piece by piece if they are wanted, in the background if nobody is going to wait."
 
     @abstractmethod
     def background(self) -> None:
@@ -364,7 +365,7 @@ class _Local(_Writer):
     def background(self) -> None:
         self.engine.background()
 
-    def start(self, job: _Job, background: bool) -> _Flight:
+    def start(self, job: _Job, live: bool, background: bool) -> _Flight:
         flight = _LocalFlight(job, _Reader(self.tokenizer, job.ids, job.settings.stop))
         settings = updated(job.settings, stop=()) if job.settings.stop else job.settings
         ends = _end_ids(self.model, self.tokenizer)
@@ -422,7 +423,7 @@ def _check_messages(messages: Any) -> None:
         if not all(isinstance(part, str) for part in parts):
             raise InputError(f"messages[{index}]", "must have a role and a content, both strings", message, step)
 
-# %% ../nbs/api/09_text.ipynb #219ba0fb
+# %% ../nbs/api/09_text.ipynb #63be07a5
 class _RemoteFlight(_Flight):
     def cancel(self) -> None:
         self.future.cancel()
@@ -432,6 +433,7 @@ class _RemoteFlight(_Flight):
             written = self.future.result()
         except CancelledError:
             raise EngineError("the connection", "must stay open while it writes", "closed", "Ask again.") from None
+        self.pieces[:] = self.pieces or [written.text]
         reason, count = written.finish_reason, written.tokens or 0
         return GeneratedText(written.text, [], self.job.prompt, reason, written.seconds, counted=count)
 
@@ -455,14 +457,15 @@ class _Remote(_Writer):
         text = json.dumps(messages)
         return _Job(text, [-1, *text.encode()], settings, messages=messages)
 
-    def start(self, job: _Job, background: bool) -> _Flight:
+    def start(self, job: _Job, live: bool, background: bool) -> _Flight:
         flight = _RemoteFlight(job)
 
         def show(piece: str) -> None:
             flight.pieces.append(piece)
             self._tell()
 
-        flight.future = self.remote.submit(job.messages or job.prompt, job.settings, show)
+        # a stream that breaks can be begun again only as long as nothing of it was shown
+        flight.future = self.remote.submit(job.messages or job.prompt, job.settings, show if live else None)
         flight.future.add_done_callback(self._tell)
         return flight
 
@@ -478,7 +481,7 @@ class _Remote(_Writer):
         with self._news:
             self._news.notify_all()
 
-# %% ../nbs/api/09_text.ipynb #47d420cd
+# %% ../nbs/api/09_text.ipynb #ef38327b
 class TextGenerator:
     "Writes text with a language model, and remembers what it wrote."
 
@@ -707,7 +710,7 @@ class TextGenerator:
         if hit is not None:
             yield from _words(hit, stopped)
             return
-        flight, shown = self._join(job), 0
+        flight, shown = self._join(job, live=True), 0
         try:
             while not stopped():
                 self._writer.wait(partial(flight.has_more, shown, stopped))
@@ -739,13 +742,13 @@ class TextGenerator:
             raise answer
         return replace(answer, prompt=job.prompt)
 
-    def _join(self, job: _Job, background: bool = False) -> _Flight:
+    def _join(self, job: _Job, live: bool = False, background: bool = False) -> _Flight:
         "The flight of a text that is on its way already, or a new one."
         same = job.same
         with self._lock:
             flight = self._flights.get(same)
             if flight is None or (flight.done and flight.answer is None):
-                flight = self._flights[same] = self._writer.start(job, background)
+                flight = self._flights[same] = self._writer.start(job, live, background)
                 flight.same = same
             elif background:
                 self._writer.background()
