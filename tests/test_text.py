@@ -902,9 +902,27 @@ def test_a_model_that_the_engine_cannot_run_is_written_with_one_by_one():
         written = generator.run(PROMPTS, 10)
     assert [one.tokens for one in written] == [one.tokens for one in expected]
     assert [one.finish_reason for one in written] == [one.finish_reason for one in expected]
-    assert "".join(generator.stream(PROMPTS[1], 10)) == expected[1].text
+    stream = generator.stream(PROMPTS[1], 10)
+    assert "".join(stream) == expected[1].text and stream.result.finish_reason == expected[1].finish_reason
     del model.forward
     assert generator.run(PROMPTS, 10)[0].tokens == expected[0].tokens and generator.engine.fallback is None
+
+
+@pytest.mark.filterwarnings("ignore:this model is run by")
+def test_a_stream_of_such_a_model_comes_in_pieces_and_ends_when_it_is_closed(llama, monkeypatch):
+    model, release = model_of("llama", seed=5), threading.Semaphore(3)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = 0
+    model.forward = partial(model.forward)
+    generator = TextGenerator(model, byte_tokenizer(), use_cache=False)
+    steps = steps_of(monkeypatch, lambda n: release.acquire(timeout=60))  # the model waits for the reader
+    stream = generator.stream("abc", 100)
+    while len(steps) < 4:
+        next(stream)
+    stream.close()
+    release.release(200)
+    assert generator.generate("d", 4) and len(steps) < 20
+    assert generator.engine.stats().requests["cancelled"] == 1
 
 
 def test_a_model_with_an_encoder_is_refused():

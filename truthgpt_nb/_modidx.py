@@ -325,6 +325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'truthgpt_nb.engine._Work._prepare': ('api/engine.html#_work._prepare', 'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine._Work._run': ('api/engine.html#_work._run', 'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine._Work._share_out': ('api/engine.html#_work._share_out', 'truthgpt_nb/engine.py'),
+                                    'truthgpt_nb.engine._Work._stands_aside': ( 'api/engine.html#_work._stands_aside',
+                                                                                'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine._Work._step': ('api/engine.html#_work._step', 'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine._Work._steps': ('api/engine.html#_work._steps', 'truthgpt_nb/engine.py'),
                                     'truthgpt_nb.engine._Work._with_less_memory': ( 'api/engine.html#_work._with_less_memory',

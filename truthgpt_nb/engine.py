@@ -287,7 +287,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #67628673
+# %% ../nbs/api/08_engine.ipynb #5e2ca71c
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -372,15 +372,15 @@ class _Work:
                 raise EngineError("engine", "must not be called by a callback of its own", "a call", step)
             self.waiting_threads += not background
         try:
-            self._steps(enough)
+            self._steps(enough, background)
         finally:
             with self.changed:
                 self.waiting_threads -= not background
                 self.changed.notify_all()
 
-    def _steps(self, enough: Callable[[], bool]) -> None:
+    def _steps(self, enough: Callable[[], bool], background: bool) -> None:
         while True:
-            mine = False
+            mine = left = False
             try:
                 with self.changed:
                     while self.worker is not None and not enough():
@@ -391,7 +391,8 @@ class _Work:
                 kind = device_of(self.model).type
                 with torch.inference_mode(), torch.autocast(kind, enabled=False):
                     self._prepare()
-                    while not enough() and self._has_work():
+                    left = self.refusal is not None and not background  # `generate` cannot stop between two tokens
+                    while not left and not enough() and self._has_work():
                         self._step()
                         if self.waiting_threads > 1:
                             with self.changed:
@@ -409,17 +410,25 @@ class _Work:
                     with self.changed:
                         self.worker = None
                         self.changed.notify_all()
+            if left:
+                self.start()
+                with self.changed:
+                    while self.thread is not None and not enough():
+                        self.changed.wait(0.1)
 
     def _run(self) -> None:
         "What the thread in the background does: work as long as no other thread would."
         while True:
             with self.changed:
-                while self.waiting_threads and self.open:
+                while self._stands_aside() and self.open:
                     self.changed.wait()
                 if not self.open:
                     self.thread = None
                     return
-            self.work(lambda: self.waiting_threads > 0 or not self.open, background=True)
+            self.work(lambda: self._stands_aside() or not self.open, background=True)
+
+    def _stands_aside(self) -> bool:
+        return self.waiting_threads > 0 and self.refusal is None
 
     def _begin_anew(self) -> None:
         "After an interruption at any point: all requests wait again, and lose nothing but time."
@@ -704,6 +713,8 @@ class _Work:
             generation._share = time.perf_counter() - start
             if generation in self.running and generation._ended() is None and not self.closing:
                 self._give(generation, *last)
+            with self.changed:
+                self.changed.notify_all()
             stop = generation not in self.running or generation._ended() is not None or self.closing
             return torch.tensor([stop], device=input_ids.device)
 
