@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,7 +35,6 @@ def nodes():
     ray = pytest.importorskip("ray", reason="the extra scale is not installed")
     from ray.cluster_utils import Cluster
 
-    before = ray_processes()
     with scale._environment(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal"), scale._loopback():
         made = patient(lambda: Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **NODE}))
         try:
@@ -42,9 +42,10 @@ def nodes():
             ray.init(made.address, log_to_driver=False, logging_level="ERROR")
             yield made
         finally:
+            started = descendants()
             ray.shutdown()
             made.shutdown()
-    wait_until(lambda: not ray_processes() - before)
+    wait_until_gone(started)
 
 
 def patient(start):
@@ -58,14 +59,26 @@ def patient(start):
     return start()
 
 
-def ray_processes():
-    "The servers and workers of Ray that run on this machine."
-    found = set()
-    for process in psutil.process_iter(["pid", "name", "status"]):
-        name, zombie = process.info["name"] or "", process.info["status"] == psutil.STATUS_ZOMBIE
-        if not zombie and (name in ("raylet", "gcs_server") or name.startswith("ray::")):
-            found.add(process.info["pid"])
+def descendants(pid=None):
+    "The processes that a process has started, and those that they have."
+    return psutil.Process(pid).children(recursive=True)
+
+
+def running(processes, named=""):
+    "Those of some processes that still run."
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE and process.name().startswith(named):
+                found.append(process)
     return found
+
+
+def wait_until_gone(processes):
+    "Waits for servers and workers; the agents of a node, which take a minute to notice that it is dead, are ended."
+    for agent in running(processes, named="ray::DashboardAgent") + running(processes, named="ray::RuntimeEnvAgent"):
+        agent.kill()
+    wait_until(lambda: not running(processes))
 
 
 def wait_until(true):
@@ -258,14 +271,17 @@ def test_a_bad_record_fails_alone(nodes, plain, tmp_path):
     assert [text for text in texts(tmp_path) if text is not None] == plain.generate(PROMPTS[:5], max_new_tokens=4)
 
 
-def test_another_model_under_the_same_name_is_refused(nodes, tmp_path):
+def test_another_model_under_the_same_name_is_refused(nodes, tmp_path, monkeypatch):
     job = {"records_per_batch": 2, "max_new_tokens": 4}
-    generate_dataset(PROMPTS[:4], tmp_path, **job)
-    (tmp_path / "records" / "000000000002.jsonl").unlink()
-    (tmp_path / "model.json").write_text(json.dumps({"fingerprint": "0" * 64}))
-    with pytest.raises(EngineError, match="model must be the one that the other records were written with"):
+    with monkeypatch.context() as patch:
+        patch.setattr(scale, "_handed_out", lambda *arguments: iter(()))
         generate_dataset(PROMPTS[:4], tmp_path, **job)
-    assert list(shards(tmp_path)) == ["000000000000.jsonl"]
+    (tmp_path / "model.json").write_text(json.dumps({"fingerprint": "0" * 64}))
+    with pytest.raises(EngineError, match="model must be the one that the other records were written with") as raised:
+        generate_dataset(PROMPTS[:4], tmp_path, **job)
+    wait_until(lambda: not running(descendants(), named="ray::MapWorker"))
+    assert raised.tb, "the workers end although the error is kept"
+    assert shards(tmp_path) == {}
 
 
 def test_a_process_that_ends_is_started_again(nodes, plain, tmp_path):
@@ -315,14 +331,13 @@ def test_a_call_that_is_killed_and_made_again_does_what_is_missing(nodes, plain,
     try:
         wait_until(lambda: (tmp_path / "held").exists() or first.poll() is not None)
         assert first.poll() is None, (tmp_path / "stderr").read_text()
-        theirs = psutil.Process(first.pid).children(recursive=True)
+        theirs = descendants(first.pid)
         with pytest.raises(InputError, match="must not be in use by another call"):
             generate_dataset(PROMPTS, tmp_path / "out")
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
-    gone = psutil.wait_procs([p for p in theirs if p.is_running()], timeout=60)[1]
-    assert [p for p in gone if p.status() != psutil.STATUS_ZOMBIE] == [], "its own Ray ends with it"
+    wait_until_gone(theirs)
 
     before = shards(tmp_path / "out")
     assert list(before) and logged(tmp_path) == PROMPTS[:6]
@@ -341,18 +356,22 @@ def test_a_call_that_is_killed_and_made_again_does_what_is_missing(nodes, plain,
 
 
 def test_nothing_is_lost_or_doubled_when_a_node_is_lost(nodes, plain, tmp_path):
-    victim = nodes.worker_nodes[0] if isinstance(nodes.worker_nodes, list) else next(iter(nodes.worker_nodes))
-    # the worker on that node takes a second batch and holds it until the node is killed
+    (victim,) = nodes.worker_nodes
+    # the worker on that node takes a second batch and holds it until the node is killed; the other one waits for that
     hold = f"""
         import ray
-        if self.calls == 1 and ray.get_runtime_context().get_node_id() == {victim.node_id!r}:
+        victim = ray.get_runtime_context().get_node_id() == {victim.node_id!r}
+        if victim and self.calls == 1:
             (here / "held").write_text(prompts[0])
             time.sleep(3600)
+        while not victim and not (here / "held").exists():
+            time.sleep(0.05)
 """
-    killed = []
+    killed, started = [], descendants()
 
     def kill():
         wait_until((tmp_path / "held").exists)
+        started.extend(descendants())
         nodes.remove_node(victim, allow_graceful=False)
         killed.append(victim)
 
@@ -367,3 +386,4 @@ def test_nothing_is_lost_or_doubled_when_a_node_is_lost(nodes, plain, tmp_path):
     assert sorted(logged(tmp_path)) == sorted(PROMPTS), "each prompt was continued once"
     held = Path(tmp_path / "held").read_text()
     assert logged(tmp_path).index(held) > 0
+    wait_until_gone([process for process in started if process not in descendants()])

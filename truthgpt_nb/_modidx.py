@@ -865,6 +865,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'truthgpt_nb.scale._signal_kept': ('api/scale.html#_signal_kept', 'truthgpt_nb/scale.py'),
                                    'truthgpt_nb.scale._staged': ('api/scale.html#_staged', 'truthgpt_nb/scale.py'),
                                    'truthgpt_nb.scale._start': ('api/scale.html#_start', 'truthgpt_nb/scale.py'),
+                                   'truthgpt_nb.scale._stderr_aside': ('api/scale.html#_stderr_aside', 'truthgpt_nb/scale.py'),
                                    'truthgpt_nb.scale._sums': ('api/scale.html#_sums', 'truthgpt_nb/scale.py'),
                                    'truthgpt_nb.scale.generate_dataset': ('api/scale.html#generate_dataset', 'truthgpt_nb/scale.py'),
                                    'truthgpt_nb.scale.read_generated': ('api/scale.html#read_generated', 'truthgpt_nb/scale.py')},
