@@ -78,16 +78,16 @@ def wait_until_gone(processes):
     "Waits for servers and workers; the agents of a node, which take a minute to notice that it is dead, are ended."
     for agent in running(processes, named="ray::DashboardAgent") + running(processes, named="ray::RuntimeEnvAgent"):
         agent.kill()
-    wait_until(lambda: not running(processes))
+    wait_until(lambda: not running(processes), lambda: [process.cmdline() for process in running(processes)])
 
 
-def wait_until(true):
+def wait_until(true, instead=lambda: "it did not come"):
     "Waits for what has to come; the bound only ends a test that would hang."
     for _ in range(1200):
         if true():
             return
         time.sleep(0.1)
-    raise AssertionError("it did not come")
+    raise AssertionError(instead())
 
 
 def logging_generator(log, act="None"):
@@ -274,7 +274,7 @@ def test_a_bad_record_fails_alone(nodes, plain, tmp_path):
 def test_another_model_under_the_same_name_is_refused(nodes, tmp_path, monkeypatch):
     job = {"records_per_batch": 2, "max_new_tokens": 4}
     with monkeypatch.context() as patch:
-        patch.setattr(scale, "_handed_out", lambda *arguments: iter(()))
+        patch.setattr(scale, "_handed_out", lambda *arguments: (row for row in ()))
         generate_dataset(PROMPTS[:4], tmp_path, **job)
     (tmp_path / "model.json").write_text(json.dumps({"fingerprint": "0" * 64}))
     with pytest.raises(EngineError, match="model must be the one that the other records were written with") as raised:
