@@ -21,6 +21,7 @@ from truthgpt_nb.text import TextGenerator
 
 PROMPTS = [f"{start} {number}" for number in range(6) for start in ("Once upon a time", "The sea", "My dear")]
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +333,8 @@ def test_a_call_that_is_killed_and_made_again_does_what_is_missing(nodes, plain,
         wait_until(lambda: (tmp_path / "held").exists() or first.poll() is not None)
         assert first.poll() is None, (tmp_path / "stderr").read_text()
         theirs = descendants(first.pid)
+        ports = [port for process in running(theirs) for port in process.net_connections("tcp")]
+        assert {port.laddr.ip for port in ports if port.status == psutil.CONN_LISTEN} <= LOOPBACK
         with pytest.raises(InputError, match="must not be in use by another call"):
             generate_dataset(PROMPTS, tmp_path / "out")
     finally:

@@ -373,7 +373,7 @@ def _result(index: int, record: dict[str, Any], found: Any) -> dict[str, Any]:
     written = {"text": found.text, "finish_reason": found.finish_reason, "tokens": len(found.tokens), "error": None}
     return {"index": index, **record, **written}
 
-# %% ../nbs/api/18_scale.ipynb #1b583e7c
+# %% ../nbs/api/18_scale.ipynb #8df19785
 @contextmanager
 def _ray_running(cpus: int) -> Iterator[Any]:
     "Ray: the one that is there, or one that ends with this."
@@ -446,15 +446,13 @@ def _environment(**changes: str) -> Iterator[None]:
 @contextmanager
 def _loopback() -> Iterator[None]:
     "Ray takes the loopback address only where it cannot form clusters, as it does by default on other systems."
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    constants = require("ray", "scale", "to generate on many machines")._private.ray_constants
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
         with _environment(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"):
             yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
