@@ -21,6 +21,8 @@ _modules = {
     "PerformanceOptimizer": "optimization",
     "generation_trial": "optimization",
     "ModelProfiler": "profiler",
+    "generate_dataset": "scale",
+    "read_generated": "scale",
     "TextGenerator": "text",
     "TextPanel": "widgets",
     "ProfilePanel": "widgets",
