@@ -5,15 +5,18 @@ requests [token ids, number of new tokens]. The answer is {"ready": seconds to l
 names a load; the answer is {"seconds": ..., "tokens": [the new ones of each request]}. No token ends a text early.
 """
 
-import atexit
 import json
 import os
 import sys
 import time
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 
 
-def float32_model(setup):
+STOPS = []  # what ends a program that an engine started
+
+
+def torch_model(setup):
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -28,7 +31,7 @@ def generate(setup):
     import torch
     from transformers import GenerationConfig
 
-    model = float32_model(setup)
+    model = torch_model(setup)
 
     def one(ids, count):
         model.generation_config = GenerationConfig(max_new_tokens=count, pad_token_id=0)  # no token ends a text
@@ -43,7 +46,7 @@ def ours(setup):
     from truthgpt_nb.configs import GenerationConfig
     from truthgpt_nb.engine import InferenceEngine
 
-    engine = InferenceEngine(float32_model(setup | {"dtype": "float32"}), precision=setup["dtype"], **setup["settings"])
+    engine = InferenceEngine(torch_model(setup | {"dtype": "float32"}), precision=setup["dtype"], **setup["settings"])
 
     def run(requests):
         settings = [GenerationConfig(max_new_tokens=count) for _, count in requests]
@@ -56,7 +59,7 @@ def continuous(setup):
     "transformers' continuous batching, with one manager that stays."
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    model = float32_model(setup)
+    model = torch_model(setup)
     plain = GenerationConfig(max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0)
     manager = model.init_continuous_batching(plain, ContinuousBatchingConfig(**setup["settings"]))
     manager.start()
@@ -65,9 +68,9 @@ def continuous(setup):
         names = [manager.add_request(ids, max_new_tokens=count, eos_token_id=-1) for ids, count in requests]
         done = {}
         while len(done) < len(names):
-            result = manager.get_result(timeout=60)
+            result = manager.get_result(timeout=600)
             if result is None:
-                raise RuntimeError("no result for a minute")
+                raise RuntimeError("no result for ten minutes")
             if result.error is not None:
                 raise RuntimeError(result.error)
             if result.is_finished():
@@ -165,8 +168,9 @@ def llamacpp(setup):
     if setup["dtype"] == "float32":
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
-    globals()["kept"] = server
-    return over_http(server.listening_address)
+    run = over_http(server.listening_address)
+    run.server = server  # lives as long
+    return run
 
 
 def llama_server(setup):
@@ -188,7 +192,7 @@ def llama_server(setup):
     options |= {"cache-type-k": kind, "cache-type-v": kind}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen([program, *words, "--no-cache-prompt"])
-    atexit.register(process.kill)
+    STOPS.append(process.kill)
     while True:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
@@ -230,8 +234,17 @@ def main():
         start = time.perf_counter()
         tokens = engine(requests)
         answer(seconds=time.perf_counter() - start, tokens=tokens)
-    os._exit(0)  # without waiting for threads of an engine
 
 
 if __name__ == "__main__":
-    main()
+    code = 1
+    try:
+        main()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stop in STOPS:
+            stop()
+        sys.stderr.flush()
+        os._exit(code)  # an engine's threads would keep the process
