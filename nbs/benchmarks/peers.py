@@ -12,7 +12,6 @@ import time
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 
-
 STOPS = []  # what ends a program that an engine started
 
 
@@ -191,7 +190,7 @@ def llama_server(setup):
     options |= {"threads": setup["threads"], "threads-batch": setup["threads"], "fit": "off"}
     options |= {"cache-type-k": kind, "cache-type-v": kind}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    process = subprocess.Popen([program, *words, "--no-cache-prompt"])
+    process = subprocess.Popen([program, *words, "--no-cache-prompt"], stdin=subprocess.DEVNULL)
     STOPS.append(process.kill)
     while True:
         try:
