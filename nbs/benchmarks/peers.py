@@ -166,6 +166,7 @@ def llamacpp(setup):
     params.cache_prompt, params.cache_ram_mib, params.fit_params = False, 0, False
     if setup["dtype"] == "float32":
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # faster, and closer
     server = xllamacpp.Server(params)
     run = over_http(server.listening_address)
     run.server = server  # lives as long
@@ -188,7 +189,7 @@ def llama_server(setup):
     slots, kind = setup["settings"]["slots"], "f32" if setup["dtype"] == "float32" else "f16"
     options = {"model": setup["model"], "port": port, "parallel": slots, "ctx-size": 384 * slots, "cache-ram": 0}
     options |= {"threads": setup["threads"], "threads-batch": setup["threads"], "fit": "off"}
-    options |= {"cache-type-k": kind, "cache-type-v": kind}
+    options |= {"cache-type-k": kind, "cache-type-v": kind, "flash-attn": "off" if kind == "f32" else "auto"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen([program, *words, "--no-cache-prompt"], stdin=subprocess.DEVNULL)
     STOPS.append(process.kill)
