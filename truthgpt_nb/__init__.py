@@ -21,6 +21,7 @@ _modules = {
     "PerformanceOptimizer": "optimization",
     "generation_trial": "optimization",
     "ModelProfiler": "profiler",
+    "write_file": "jobs",
     "generate_dataset": "scale",
     "read_generated": "scale",
     "TextGenerator": "text",
