@@ -242,7 +242,7 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError("stop", "must hold strings that are not empty", self.stop, "Leave the empty string out.")
 
-# %% ../nbs/api/01_configs.ipynb #adb3bad5
+# %% ../nbs/api/01_configs.ipynb #fc3400d2
 @config
 class InferenceConfig:
     "How an engine runs a model."
@@ -260,6 +260,13 @@ class InferenceConfig:
         default="exact",
         description="of the matrix products: exact, fast (half precision allowed), int8 (that too), or one type",
     )
+    prefix_bytes: int = Field(
+        default=2**28, ge=0, description="how much memory to use for beginnings that prompts share; 0 for none"
+    )
+    prefix_dir: str | None = Field(
+        default=None, min_length=1, description="a folder where those survive a restart; none: in memory only"
+    )
+    prefix_disk_bytes: int = Field(default=2**32, ge=0, description="how much of that folder to use")
     max_queue: int = Field(default=100_000, ge=1, description="how many requests may wait")
     when_full: Literal["wait", "refuse"] = Field(
         default="wait", description="what happens to a request when the queue is full"

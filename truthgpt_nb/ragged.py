@@ -21,7 +21,7 @@ from .linears import twin
 # %% auto #0
 __all__ = ['Slots', 'Part', 'ragged_attention', 'RaggedModel', 'ragged_refusal', 'last_logits']
 
-# %% ../nbs/api/07a_ragged.ipynb #4f7a2875
+# %% ../nbs/api/07a_ragged.ipynb #8bb768aa
 class Slots:
     "Keys and values of all requests, in the place of a transformers cache."
 
@@ -35,6 +35,7 @@ class Slots:
         self.count, self.length = count, length
         self.keys: dict[int, torch.Tensor] = {}  # layer → slots × heads × length × size
         self.values: dict[int, torch.Tensor] = {}
+        self._like: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → 1 × heads × 0 × size, what to make
 
     def update(
         self,
@@ -62,9 +63,46 @@ class Slots:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # both slots × heads × length × size
         "The tensors of one layer."
         if layer not in self.keys:
-            for kept, new in ((self.keys, keys), (self.values, values)):
-                kept[layer] = new.new_zeros(self.count, new.shape[1], self.length, new.shape[3])
+            self._like[layer] = (
+                keys.new_empty(1, keys.shape[1], 0, keys.shape[3]),
+                values.new_empty(1, values.shape[1], 0, values.shape[3]),
+            )
+            self._make(layer)
         return self.keys[layer], self.values[layer]
+
+    def _make(self, layer: int) -> None:
+        for kept, like in zip((self.keys, self.values), self._like[layer], strict=True):
+            kept[layer] = like.new_zeros(self.count, like.shape[1], self.length, like.shape[3])
+
+    @torch.inference_mode()
+    def read(
+        self,
+        slot: int,  # whose keys and values
+        start: int,  # the first token
+        stop: int,  # the token after the last
+    ) -> torch.Tensor:  # all numbers of all layers, in one row
+        "A copy of what a slot holds of some tokens."
+        layers = [(self.keys[layer], self.values[layer]) for layer in sorted(self.keys)]
+        return torch.cat([kept[slot, :, start:stop].reshape(-1) for pair in layers for kept in pair])
+
+    @torch.inference_mode()
+    def write(
+        self,
+        slot: int,  # whose keys and values
+        start: int,  # the first token
+        stop: int,  # the token after the last
+        row: torch.Tensor,  # what `read` gave
+    ) -> bool:  # False, and nothing is written, if it is not of this shape
+        "Put a copy back, into any slot."
+        for layer in self._like.keys() - self.keys.keys():
+            self._make(layer)
+        layers = [(self.keys[layer], self.values[layer]) for layer in sorted(self.keys)]
+        places = [kept[slot, :, start:stop] for pair in layers for kept in pair]
+        if not places or stop > self.length or sum(place.numel() for place in places) != row.numel():
+            return False
+        for place, part in zip(places, row.split([place.numel() for place in places]), strict=True):
+            place.copy_(part.view(place.shape))
+        return True
 
     @torch.inference_mode()
     def grow(
