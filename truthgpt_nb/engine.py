@@ -291,7 +291,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #dfedf270
+# %% ../nbs/api/08_engine.ipynb #0b2fbece
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -398,9 +398,12 @@ class _Work:
                     mine, self.worker = True, threading.get_ident()
                 kind = device_of(self.model).type
                 with torch.inference_mode(), torch.autocast(kind, enabled=False):
-                    self._prepare()
-                    left = self.refusal is not None and not background  # `generate` cannot stop between two tokens
-                    while not left and not enough() and self._has_work():
+                    self.shared_out = time.perf_counter()
+                    while not enough() and self._has_work():
+                        if not self.running:
+                            self._prepare()
+                        if left := self.refusal is not None and not background:
+                            break  # `generate` cannot be left between two tokens
                         self._step()
                         if self.waiting_threads > 1:
                             with self.changed:
@@ -479,9 +482,6 @@ class _Work:
 
     def _prepare(self) -> None:
         "Make the twin, and make it anew when the model is not the one that it was made of."
-        self.shared_out = time.perf_counter()
-        if self.running:
-            return
         self._settle()
         if self.refusal is not None or self.ragged is not None:
             return
