@@ -481,7 +481,7 @@ class _Remote(_Writer):
         with self._news:
             self._news.notify_all()
 
-# %% ../nbs/api/09_text.ipynb #ef38327b
+# %% ../nbs/api/09_text.ipynb #485667be
 class TextGenerator:
     "Writes text with a language model, and remembers what it wrote."
 
@@ -691,6 +691,7 @@ class TextGenerator:
                         flights.setdefault(self._join(job), []).append((place, job))
                 if not flights:
                     return
+                self._keep()
                 self._writer.wait(lambda: any(flight.done for flight in flights))
                 for flight in [flight for flight in flights if flight.done]:
                     answer = self._landed(flight)
@@ -805,9 +806,8 @@ class TextGenerator:
     def _keep(self) -> None:
         "Put what was written into the cache: when nothing is on its way, or the last time is a second ago."
         with self._lock:
-            under_way = any(not flight.done for flight in self._flights.values())
-            written = list(self._unkept)
-            if not written or (under_way and time.perf_counter() < self._looked + 1):
+            recent, written = time.perf_counter() < self._looked + 1, list(self._unkept)
+            if not written or (recent and any(not flight.done for flight in self._flights.values())):
                 return
             self._looked = time.perf_counter()
         about = self._about(written[0].job.settings)
