@@ -264,7 +264,7 @@ class _Folder:
             aside.unlink()
         return json.loads(self.model.read_bytes())["fingerprint"]
 
-# %% ../nbs/api/18_scale.ipynb #482a71a5
+# %% ../nbs/api/18_scale.ipynb #2f81dea2
 _MOST_STARTS = 5
 
 
@@ -274,7 +274,7 @@ def _generated(generator: Any, prompts: list[str], job: dict[str, Any]) -> list[
         return []
     try:
         return list(generator.run(prompts, job["max_new_tokens"], **job["settings"]))
-    except InputError as error:
+    except (InputError, EngineError) as error:
         if len(prompts) == 1:
             return [str(error).replace("prompt[0]", "the prompt")]
     half = len(prompts) // 2
@@ -370,7 +370,7 @@ class _Worker:
 def _result(index: int, record: dict[str, Any], found: Any) -> dict[str, Any]:
     if isinstance(found, str):
         return {"index": index, **record, "text": None, "finish_reason": None, "tokens": 0, "error": found}
-    written = {"text": found.text, "finish_reason": found.finish_reason, "tokens": len(found.tokens), "error": None}
+    written = {"text": found.text, "finish_reason": found.finish_reason, "tokens": found.token_count, "error": None}
     return {"index": index, **record, **written}
 
 # %% ../nbs/api/18_scale.ipynb #8df19785
