@@ -242,7 +242,7 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError("stop", "must hold strings that are not empty", self.stop, "Leave the empty string out.")
 
-# %% ../nbs/api/01_configs.ipynb #fc3400d2
+# %% ../nbs/api/01_configs.ipynb #14ddeb8c
 @config
 class InferenceConfig:
     "How an engine runs a model."
@@ -256,9 +256,9 @@ class InferenceConfig:
     chunk_tokens: int = Field(
         default=512, ge=1, le=1_000_000, description="how many tokens of prompts one step takes in at most"
     )
-    precision: Literal["exact", "fast", "int8", "float32", "float16", "bfloat16"] = Field(
+    precision: Literal["exact", "fast", "int8", "auto", "float32", "float16", "bfloat16"] = Field(
         default="exact",
-        description="of the matrix products: exact, fast (half precision allowed), int8 (that too), or one type",
+        description="of the matrix products: exact, fast (half precision allowed), int8 (that too), auto, or one type",
     )
     prefix_bytes: int = Field(
         default=2**28, ge=0, description="how much memory to use for beginnings that prompts share; 0 for none"

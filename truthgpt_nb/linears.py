@@ -25,7 +25,7 @@ from .devices import environment
 
 # %% auto #0
 __all__ = ['KERNELS', 'PRECISIONS', 'twin', 'PackedLinear', 'HalfLinear', 'Int8Linear', 'refusal', 'kernel_seconds',
-           'fastest_kernel', 'Replaced', 'replace_linears']
+           'fastest_kernel', 'seconds_of', 'Replaced', 'replace_linears', 'linear_shapes']
 
 # %% ../nbs/api/06b_linears.ipynb #4ff17f41
 def twin(
@@ -191,7 +191,7 @@ def _in_turn(sides: dict[str, list[Callable[..., Any]]], x: torch.Tensor, second
             samples[kernel].append((time.perf_counter() - start) / len(products))
     return {kernel: statistics.median(values) for kernel, values in samples.items()}
 
-# %% ../nbs/api/06b_linears.ipynb #7bd34e10
+# %% ../nbs/api/06b_linears.ipynb #7957fa3e
 PRECISIONS = {
     "exact": ("packed",),
     "fast": ("packed", "float16", "bfloat16"),
@@ -213,6 +213,19 @@ def fastest_kernel(
     }
     best = max(ratios, key=lambda kernel: ratios[kernel], default="stock")
     return best if ratios.get(best, 0) > 1.03 else "stock"
+
+
+def seconds_of(
+    shape: tuple[int, int],  # out × in
+    row_counts: Sequence[int] = (1, 32, 512),  # how many rows are multiplied at once
+    kernels: Sequence[str] = PRECISIONS["exact"],  # what may be chosen, beside torch's own
+    count: int = 1,  # how many layers have this shape
+) -> tuple[list[float], list[float]]:  # for each row count: torch's own, and the fastest of what may be chosen
+    "The time of the products of some layers, as measured on this machine."
+    usable = [kernel for kernel in kernels if refusal(kernel) is None]
+    times = _remembered_seconds(shape, tuple(row_counts), usable)
+    chosen = times[fastest_kernel(shape, row_counts, kernels)]
+    return [count * one for one in times["stock"]], [count * one for one in chosen]
 
 
 def _remembered_seconds(shape: tuple[int, int], counts: tuple[int, ...], kernels: list[str]) -> dict[str, list[float]]:
@@ -243,7 +256,7 @@ def _remember(file: Any, place: str, key: str, times: dict[str, list[float]]) ->
     except OSError:
         return
 
-# %% ../nbs/api/06b_linears.ipynb #60c0a86f
+# %% ../nbs/api/06b_linears.ipynb #56e61589
 @dataclass(frozen=True)
 class Replaced:
     "What became of a model's linear layers."
@@ -277,6 +290,18 @@ def replace_linears(
                 weight_bytes += weight.numel() * _BYTES.get(kernel, weight.element_size())
             setattr(module, name, made[child])
     return Replaced(kernels, weight_bytes)
+
+
+def linear_shapes(
+    model: nn.Module,  # any module
+) -> dict[tuple[int, int], int]:  # out × in → how many layers
+    "The shapes of the linear layers that `replace_linears` would reach."
+    shapes: dict[tuple[int, int], int] = {}
+    for module in model.modules():
+        if (weight := _plain_weight(module)) is not None:
+            shape = weight.shape[0], weight.shape[1]
+            shapes[shape] = shapes.get(shape, 0) + 1
+    return shapes
 
 
 def _plain_weight(layer: nn.Module) -> torch.Tensor | None:

@@ -36,7 +36,7 @@ from .remote import RemoteModel
 from .sampling import samples
 
 # %% auto #0
-__all__ = ['GeneratedText', 'TextStream', 'TextGenerator', 'progress_bar']
+__all__ = ['PARAGRAPH', 'GeneratedText', 'TextStream', 'TextGenerator', 'progress_bar']
 
 # %% ../nbs/api/09_text.ipynb #06e43580
 @dataclass(frozen=True, repr=False)
@@ -269,15 +269,24 @@ class TextStream:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-# %% ../nbs/api/09_text.ipynb #728ee790
+# %% ../nbs/api/09_text.ipynb #2e3aff24
+PARAGRAPH = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
+    "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
+    "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing "
+    "before us, we were all going direct to Heaven, we were all going direct the other way. There were a king with a "
+    "large jaw and a queen with a plain face, on the throne of England; there were a king with a large jaw and a queen "
+    "with a fair face, on the throne of France."
+)
+
 _engines: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[InferenceConfig, InferenceEngine]]
 _engines, _making = weakref.WeakKeyDictionary(), threading.Lock()
 
 
-def _engine_of(model: Any, config: InferenceConfig) -> InferenceEngine:
+def _engine_of(model: Any, config: InferenceConfig, sample: list[int]) -> InferenceEngine:
     with _making:
         of_model = _engines.setdefault(model, weakref.WeakValueDictionary())
-        return of_model.get(config) or of_model.setdefault(config, InferenceEngine(model, config))
+        return of_model.get(config) or of_model.setdefault(config, InferenceEngine(model, config, [sample[:256]]))
 
 
 class _NotCacheable(Exception):
@@ -338,7 +347,7 @@ class _Local(_Writer):
 
     @cached_property
     def engine(self) -> InferenceEngine:
-        return _engine_of(self.model, self.config)
+        return _engine_of(self.model, self.config, self.tokenizer(PARAGRAPH, verbose=False)["input_ids"])
 
     def identity(self) -> str:
         with suppress(InputError):  # weights that are not in memory
@@ -356,7 +365,7 @@ class _Local(_Writer):
             "weights": weights,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "generation_config": {"eos_token_id": _end_ids(self.model, self.tokenizer)},
-            "dtype": f"{self.model.dtype}, {self.config.precision}, products {torch.get_float32_matmul_precision()}",
+            "dtype": f"{self.model.dtype}, {self.engine.precision}, products {torch.get_float32_matmul_precision()}",
         }
 
     def wait(self, enough: Callable[[], bool]) -> None:
