@@ -293,7 +293,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #84b4ccfc
+# %% ../nbs/api/08_engine.ipynb #0eb2ec8f
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -509,7 +509,7 @@ class _Work:
     def _exchange(self, model: torch.nn.Module) -> None:
         self.replaced = set_precision(model, self.precision(), self.row_counts())
 
-    def _row_counts(self) -> tuple[int, ...]:
+    def row_counts(self) -> tuple[int, ...]:
         return 1, min(32, self.config.max_batch_size), self.config.chunk_tokens
 
     def precision(self) -> str:

@@ -269,7 +269,7 @@ class TextStream:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-# %% ../nbs/api/09_text.ipynb #2e3aff24
+# %% ../nbs/api/09_text.ipynb #5db4c11b
 PARAGRAPH = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
     "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
@@ -283,10 +283,10 @@ _engines: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[InferenceCo
 _engines, _making = weakref.WeakKeyDictionary(), threading.Lock()
 
 
-def _engine_of(model: Any, config: InferenceConfig, sample: list[int]) -> InferenceEngine:
+def _engine_of(model: Any, config: InferenceConfig, sample: Any = None) -> InferenceEngine:
     with _making:
         of_model = _engines.setdefault(model, weakref.WeakValueDictionary())
-        return of_model.get(config) or of_model.setdefault(config, InferenceEngine(model, config, [sample[:256]]))
+        return of_model.get(config) or of_model.setdefault(config, InferenceEngine(model, config, sample))
 
 
 class _NotCacheable(Exception):
@@ -347,7 +347,10 @@ class _Local(_Writer):
 
     @cached_property
     def engine(self) -> InferenceEngine:
-        return _engine_of(self.model, self.config, self.tokenizer(PARAGRAPH, verbose=False)["input_ids"])
+        if self.config.precision != "auto":
+            return _engine_of(self.model, self.config)
+        ids = self.tokenizer(PARAGRAPH, verbose=False)["input_ids"]
+        return _engine_of(self.model, self.config, [ids[: min(256, context_length(self.model) or 256)]])
 
     def identity(self) -> str:
         with suppress(InputError):  # weights that are not in memory
