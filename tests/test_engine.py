@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 
-from truthgpt_nb.configs import GenerationConfig
+from truthgpt_nb.configs import EvidenceConfig, GenerationConfig, Tolerance
 from truthgpt_nb.core import EngineError, InputError
 from truthgpt_nb.engine import InferenceEngine, end_ids
 from truthgpt_nb.ragged import RaggedModel
@@ -422,3 +422,67 @@ def test_what_is_no_model_or_no_setting_is_refused(llama):
         with pytest.raises(InputError, match="settings must be one, or 2"):
             engine.generate_batch([[5], [6]], [GenerationConfig()])
         assert engine.generate_batch([]) == []
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exchanged(monkeypatch):
+    "Whatever a precision allows last is used, also where a model is too small for it to be faster."
+    monkeypatch.setattr("truthgpt_nb.precision.fastest_kernel", lambda shape, row_counts, kernels: kernels[-1])
+
+
+SAMPLE = [[n * 7 % VOCABULARY for n in range(60)], [n * 11 % VOCABULARY for n in range(40)]]
+
+
+@pytest.mark.usefixtures("exchanged")
+def test_auto_takes_what_the_model_bears_and_looks_again_when_it_changes():
+    model = made("Llama", seed=4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.01)  # flat distributions: no rounding moves them far
+    with InferenceEngine(model, precision="auto", sample=SAMPLE) as engine:
+        assert engine.choice is None
+        engine.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=3))
+        first = engine.choice
+        assert engine.precision == first.precision == first.trials[0].precision and first.tokens == 100
+        assert not first.trials[0].violations
+        with torch.no_grad():
+            model.lm_head.weight.mul_(10_000)  # sharp ones: every rounding does
+            model.model.layers[0].mlp.up_proj.weight[:2] *= 3000
+        engine.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=3))
+        violated = {trial.precision: trial.violations for trial in engine.choice.trials}
+        assert violated["int8"] and not violated["exact"] and engine.precision != "int8"
+
+
+def test_auto_of_a_model_that_is_not_float32_or_not_run_here():
+    half = made("Llama").bfloat16()
+    with InferenceEngine(half, precision="auto") as engine:
+        assert engine.precision == "exact" and len(engine.choice.trials) == 1
+    bloom = hf.AutoModelForCausalLM.from_config(
+        hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    ).eval()
+    with pytest.warns(UserWarning, match="one by one"):
+        engine = InferenceEngine(bloom, precision="auto")
+    assert engine.precision == "exact" and engine.choice is None
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [([[VOCABULARY]], "must be whole numbers"), ([[5]], "at least two tokens"), ([], "at least two")],
+)
+def test_samples_that_nothing_can_be_judged_on(llama, sample, message):
+    with pytest.raises(InputError, match=message):
+        _ = InferenceEngine(llama, precision="auto", sample=sample).precision
+
+
+@pytest.mark.usefixtures("exchanged")
+def test_evidence_counts_identical_continuations_and_judges_distributions(llama):
+    quick = EvidenceConfig(rounds=6, memory=False, min_sample_seconds=0)
+    with InferenceEngine(llama, precision="int8") as engine:
+        found = engine.evidence([[5, 6, 7], [8, 9, 10, 11]], 8, quick, Tolerance(kl_divergence=0))
+        metrics = found.fidelity.metrics
+        assert found.verdict == "drifts" and "KL" in found.reason
+        assert metrics["identical"] in (0, 0.5, 1) and metrics["kl_divergence"] > 0 and metrics["perplexity"] > 1
+        lenient = Tolerance(kl_divergence=100, top1_agreement=0, cosine=-1)
+        assert engine.evidence([[5, 6, 7]], 8, quick, lenient).verdict in ("kept", "no gain", "slower")

@@ -932,3 +932,13 @@ def test_a_model_with_an_encoder_is_refused():
     config = transformers.T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(InputError, match="must be a causal language model"):
         TextGenerator(transformers.T5ForConditionalGeneration(config), byte_tokenizer(), use_cache=False)
+
+
+def test_auto_precision_is_part_of_the_key(llama, tmp_path):
+    with CacheManager(tmp_path) as cache:
+        exact = TextGenerator(llama, byte_tokenizer(), cache=cache)
+        exact.run("abc", 6)
+        auto = TextGenerator(llama, byte_tokenizer(), cache=cache, engine=InferenceConfig(precision="auto"))
+        one = auto.run("abc", 6)
+        assert one.cached == (auto.engine.precision == "exact") and auto.run("abc", 6).cached
+        assert auto.engine.choice.tokens > 50

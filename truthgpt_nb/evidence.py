@@ -149,7 +149,7 @@ def _words(name: str) -> str:
 def _below(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".") if 0.99 < value < 1 else f"{value:.3g}"
 
-# %% ../nbs/api/03_evidence.ipynb #d3e62775
+# %% ../nbs/api/03_evidence.ipynb #87fd2ca2
 def tensor_fidelity(
     reference: torch.Tensor,  # (...)
     output: torch.Tensor,  # (...), the same shape
@@ -163,7 +163,7 @@ def tensor_fidelity(
 def logits_fidelity(
     reference: torch.Tensor,  # (..., vocabulary)
     output: torch.Tensor,  # (..., vocabulary)
-    labels: torch.Tensor | None = None,  # (...), token ids; position i is predicted by logits i - 1
+    labels: torch.Tensor | None = None,  # (...), token ids, -100 to leave out; position i is predicted by logits i - 1
 ) -> Fidelity:  # kl_divergence, top1_agreement and those of a tensor; perplexity_change with labels
     "Compare two sets of next-token logits."
     if problem := _incomparable(reference, output):
@@ -230,8 +230,9 @@ def _tensor_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
 
 
 def _perplexity(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    chosen = log_probabilities[..., :-1, :].gather(-1, labels[..., 1:, None])
-    return float((-chosen.mean()).exp())
+    known = labels[..., 1:] != -100
+    chosen = log_probabilities[..., :-1, :].gather(-1, labels[..., 1:, None].clamp_min(0))[..., 0]
+    return float((-chosen[known].mean()).exp())
 
 
 def _ssim(a: torch.Tensor, b: torch.Tensor, sigma: float = 1.5) -> torch.Tensor:

@@ -20,7 +20,8 @@ from .evidence import Fidelity, logits_fidelity
 from .linears import PRECISIONS, Replaced, fastest_kernel, linear_shapes, replace_linears, seconds_of, twin
 
 # %% auto #0
-__all__ = ['set_precision', 'allowed_kernels', 'PrecisionTrial', 'PrecisionChoice', 'choose_precision']
+__all__ = ['set_precision', 'allowed_kernels', 'PrecisionTrial', 'PrecisionChoice', 'choose_precision', 'precision_logits',
+           'labels_of']
 
 # %% ../nbs/api/06d_precision.ipynb #1fbe3304
 def set_precision(
@@ -44,7 +45,7 @@ def allowed_kernels(
     "The kernels that a precision may use, beside torch's own."
     return PRECISIONS.get(precision, ("packed",) if precision == "float32" else (precision,))
 
-# %% ../nbs/api/06d_precision.ipynb #759fbe94
+# %% ../nbs/api/06d_precision.ipynb #26b105be
 @dataclass(frozen=True)
 class PrecisionTrial:
     "A precision on a sample."
@@ -98,7 +99,10 @@ def choose_precision(
     rows = [list(ids) for ids in sample if len(ids) > 1]
     if not rows:
         raise InputError("sample", "must hold a text of at least two tokens", sample, "Pass some of your own text.")
-    reference = _logits(model, rows)
+    plain = next(model.parameters()).dtype == torch.float32
+    if device_of(model).type != "cpu" or not plain:  # where kernels are not exchanged, a cast is all there is
+        precisions = ("fast", "exact") if plain else ("exact",)
+    reference = precision_logits(model, rows)
     limits = tolerance or Tolerance()
     trials = [_trial(model, precision, rows, reference, limits, row_counts) for precision in precisions]
     trials.sort(key=lambda trial: -trial.speedup)
@@ -106,11 +110,26 @@ def choose_precision(
     return PrecisionChoice(taken, tuple(trials), sum(map(len, rows)))
 
 
-def _logits(model: Any, rows: list[list[int]]) -> torch.Tensor:
-    "Tokens × vocabulary, of all rows."
-    with model_lock(model), evaluating(model), torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        parts = [torch.tensor([ids], device=device_of(model)) for ids in rows]
-        return torch.cat([model(input_ids=part, attention_mask=torch.ones_like(part)).logits[0] for part in parts])
+def precision_logits(
+    model: Any,  # a transformers causal language model; it is not changed
+    rows: Sequence[Sequence[int]],  # token ids of some texts
+    precision: str | None = None,  # as for set_precision; the model as it is when not given
+    row_counts: Sequence[int] = (1, 32, 512),  # how many rows are multiplied at once
+) -> torch.Tensor:  # tokens of all texts × vocabulary
+    "What a model says in a precision."
+    used = model
+    if precision is not None:
+        set_precision(used := twin(model), precision, row_counts)
+    with model_lock(model), evaluating(used), torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        parts = [torch.tensor([list(ids)], device=device_of(model)) for ids in rows]
+        return torch.cat([used(input_ids=part, attention_mask=torch.ones_like(part)).logits[0] for part in parts])
+
+
+def labels_of(
+    rows: Sequence[Sequence[int]],  # token ids of some texts
+) -> torch.Tensor:  # of all texts in a row; -100 for the first of each, which nothing predicts
+    "What the logits of some texts predict."
+    return torch.tensor([token for ids in rows for token in (-100, *ids[1:])])
 
 
 def _trial(
@@ -121,10 +140,8 @@ def _trial(
     tolerance: Tolerance,
     row_counts: Sequence[int],
 ) -> PrecisionTrial:
-    changed = twin(model)
-    set_precision(changed, precision, row_counts)
-    labels = torch.tensor([token for ids in rows for token in ids])
-    found = logits_fidelity(reference, _logits(changed, rows), labels if len(rows) == 1 else None)
+    logits = precision_logits(model, rows, precision, row_counts)
+    found = logits_fidelity(reference, logits, labels_of(rows))
     speedup = _speedup(model, precision, row_counts)
     return PrecisionTrial(precision, speedup, found, tuple(found.violations(tolerance)))
 
@@ -132,7 +149,7 @@ def _trial(
 def _speedup(model: Any, precision: str, row_counts: Sequence[int]) -> float:
     "Of all linear layers together: the geometric mean over the row counts."
     shapes = linear_shapes(model)
-    if device_of(model).type != "cpu" or not shapes:
+    if not shapes or next(model.parameters()).dtype != torch.float32:
         return 1.0
     measured = [seconds_of(shape, row_counts, allowed_kernels(precision), count) for shape, count in shapes.items()]
     stock, chosen = ([sum(times) for times in zip(*side, strict=True)] for side in zip(*measured, strict=True))
