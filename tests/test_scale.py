@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -37,13 +38,15 @@ def nodes():
     from ray.cluster_utils import Cluster
 
     with scale._environment(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal"), scale._loopback():
+        resource_tracker.ensure_running()  # Python's own, which stays until this process ends
+        before = descendants()
         made = patient(lambda: Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **NODE}))
         try:
             patient(lambda: made.add_node(**NODE))
             ray.init(made.address, log_to_driver=False, logging_level="ERROR")
             yield made
         finally:
-            started = descendants()
+            started = [process for process in descendants() if process not in before]
             ray.shutdown()
             made.shutdown()
     wait_until_gone(started)
