@@ -21,7 +21,7 @@ from .linears import twin
 # %% auto #0
 __all__ = ['Slots', 'Part', 'ragged_attention', 'RaggedModel', 'ragged_refusal', 'last_logits']
 
-# %% ../nbs/api/07a_ragged.ipynb #8bb768aa
+# %% ../nbs/api/07a_ragged.ipynb #ba2bdc22
 class Slots:
     "Keys and values of all requests, in the place of a transformers cache."
 
@@ -29,7 +29,7 @@ class Slots:
 
     def __init__(
         self,
-        count: int,  # how many requests at once
+        count: int,  # how many requests at once, to begin with
         length: int,  # how many tokens of each, to begin with
     ):
         self.count, self.length = count, length
@@ -105,20 +105,23 @@ class Slots:
         return True
 
     @torch.inference_mode()
-    def grow(
+    def resize(
         self,
-        length: int,  # how many tokens a slot has to hold
+        count: int,  # how many slots there have to be, not less than are used
+        length: int,  # how many tokens a slot has to hold, not less than it does
         used: int,  # how many slots, from the first on, hold something
     ) -> None:
-        "Make room for longer requests."
-        if length <= self.length:
+        "Take another size; what is kept stays, also when memory runs out on the way."
+        if (count, length) == (self.count, self.length):
             return
+        if not used:
+            self.reset(count, length)
         for kept in (self.keys, self.values):
-            for layer, old in kept.items():
-                new = old.new_zeros(self.count, old.shape[1], length, old.shape[3])
-                new[:used, :, : self.length] = old[:used]
+            for layer, old in kept.items():  # one after the other, so that no two copies of all are held at once
+                new = old.new_zeros(count, old.shape[1], length, old.shape[3])
+                new[:used, :, : self.length] = old[:used, :, : self.length]
                 kept[layer] = new
-        self.length = length
+        self.count, self.length = count, length
 
     @torch.inference_mode()
     def move(
@@ -142,8 +145,8 @@ class Slots:
 
     def reset(
         self,
-        count: int,  # how many requests at once from now on
-        length: int,  # how many tokens of each, to begin with
+        count: int,  # how many slots there have to be
+        length: int,  # how many tokens a slot has to hold
     ) -> None:
         "Forget everything, and take another size."
         self.count, self.length = count, length
@@ -153,10 +156,9 @@ class Slots:
     @property
     def bytes_per_token(self) -> int:  # bytes
         "What one token takes in all layers; 0 as long as nothing was kept."
-        kept = (*self.keys.values(), *self.values.values())
-        return sum(one.shape[1] * one.shape[3] * one.element_size() for one in kept)
+        return sum(one.shape[1] * one.shape[3] * one.element_size() for pair in self._like.values() for one in pair)
 
-# %% ../nbs/api/07a_ragged.ipynb #ebcb2275
+# %% ../nbs/api/07a_ragged.ipynb #45cf2195
 @dataclass(frozen=True)
 class Part:
     "Tokens of one request that are worked on in one step."
@@ -193,7 +195,7 @@ class _Step:
 
 
 _now: ContextVar[_Step] = ContextVar("step")
-_SIMILAR = 1.5  # within a group the longest text may be this many times the shortest
+_CALL_BYTES = 2**19  # what could be read in the time that a call of attention takes beside reading
 
 
 @contextmanager
@@ -205,16 +207,23 @@ def _during(step: _Step) -> Iterator[None]:
         _now.reset(token)
 
 
-def _grouped(singles: list[Part]) -> Iterator[_Group]:
-    first = 0
-    for end in range(1, len(singles) + 1):
-        lengths = [part.start + 1 for part in singles[first : end + 1]]
-        apart = end < len(singles) and singles[end].slot != singles[end - 1].slot + 1
-        if end == len(singles) or apart or max(lengths) > _SIMILAR * min(lengths) + 16:
-            yield _Group(first, end, singles[first].slot, max(part.start + 1 for part in singles[first:end]))
-            first = end
+def _grouped(
+    singles: list[Part],
+    call: float,  # tokens that could be read in the time of a call
+) -> Iterator[_Group]:
+    first = longest = 0
+    for end, part in enumerate(singles):
+        length, size = part.start + 1, end - first
+        most = max(longest, length)
+        apart = size and part.slot != singles[end - 1].slot + 1
+        if apart or (size and (size + 1) * most - size * longest - length > call):
+            yield _Group(first, end, singles[first].slot, longest)
+            first, most = end, length
+        longest = most
+    if singles:
+        yield _Group(first, len(singles), singles[first].slot, longest)
 
-# %% ../nbs/api/07a_ragged.ipynb #ac3990d6
+# %% ../nbs/api/07a_ragged.ipynb #c8fc4bf8
 def ragged_attention(
     module: Any,  # the attention layer; its `layer_idx` says which
     query: torch.Tensor,  # 1 × query heads × tokens × size
@@ -242,7 +251,7 @@ def ragged_attention(
         if part.start == 0 and not (sliding_window and len(part.ids) > sliding_window):
             mask = None
         else:
-            mask = _window(torch.arange(part.start, stop, device=query.device), first, stop, sliding_window)
+            mask = _window(torch.arange(part.start, stop, device=query.device), first, stop, sliding_window, query)
         out[:, at:end] = attend(query[:, :, at:end], *seen, mask, causal=mask is None).transpose(1, 2)
         at = end
     if not step.singles:
@@ -252,32 +261,35 @@ def ragged_attention(
     queries = query[0, :, at:].transpose(0, 1)[:, :, None]
     for group in step.groups:
         slots = slice(group.slot, group.slot + group.end - group.first)
-        first, mask = _seen_by(step, group, sliding_window)
+        first, mask = _seen_by(step, group, sliding_window, query)
         seen = keys[slots, :, first : group.longest], values[slots, :, first : group.longest]
         answers = attend.single(queries[group.first : group.end], *seen, mask)
         out[0, at + group.first : at + group.end] = answers[:, :, 0]
     return out, None
 
 
-def _window(positions: torch.Tensor, first: int, stop: int, sliding_window: int | None) -> torch.Tensor:
-    "Which of the positions from `first` to `stop` each position sees: queries × keys."
+def _window(
+    positions: torch.Tensor, first: int, stop: int, sliding_window: int | None, like: torch.Tensor
+) -> torch.Tensor:
+    "Queries × keys: 0 where a position sees one of those from `first` to `stop`, minus infinity where it does not."
     others = torch.arange(first, stop, device=positions.device)[None]
-    mask = others <= positions[:, None]
-    return mask & (others > positions[:, None] - sliding_window) if sliding_window else mask
+    hidden = others > positions[:, None]
+    if sliding_window:
+        hidden |= others <= positions[:, None] - sliding_window
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
-def _seen_by(step: _Step, group: _Group, sliding_window: int | None) -> tuple[int, torch.Tensor | None]:
+def _seen_by(
+    step: _Step, group: _Group, sliding_window: int | None, like: torch.Tensor
+) -> tuple[int, torch.Tensor | None]:
     "The first key that a group needs, and its mask, once for all layers of a kind."
     starts = [part.start for part in step.singles[group.first : group.end]]
     first = max(0, min(starts) + 1 - sliding_window) if sliding_window else 0
     about = group.first, sliding_window
     if about not in step.masks:
-        same = min(starts) == max(starts)
-        step.masks[about] = (
-            None
-            if same
-            else _window(step.positions[group.first : group.end], first, group.longest, sliding_window)[:, None, None]
-        )
+        positions = step.positions[group.first : group.end]
+        mask = _window(positions, first, group.longest, sliding_window, like)[:, None, None]
+        step.masks[about] = None if min(starts) == max(starts) else mask
     return first, step.masks[about]
 
 
@@ -296,7 +308,7 @@ class _Attention:
             return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=self.scaling, enable_gqa=grouped)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = _window(torch.arange(q.shape[2], device=q.device), 0, k.shape[2], None, q)
         return self._plain(q, k, v, mask)
 
     def single(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -312,14 +324,14 @@ class _Attention:
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            scores = scores + mask
         if self.sinks is not None:
             sinks = self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
             scores = torch.cat([scores, sinks.to(scores)], -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return weights[..., : k.shape[2]] @ v
 
-# %% ../nbs/api/07a_ragged.ipynb #dea8b435
+# %% ../nbs/api/07a_ragged.ipynb #22132ec7
 _NAME = "truthgpt_ragged"
 
 
@@ -329,8 +341,8 @@ class RaggedModel:
     def __init__(
         self,
         model: Any,  # a transformers causal language model, on one device
-        slots: int = 16,  # how many requests at once
-        length: int = 256,  # how many tokens of each there is room for to begin with
+        slots: int = 16,  # how many requests there is room for to begin with
+        length: int = 256,  # and how many tokens of each
         prepare: Callable[[Any], Any] = lambda model: None,  # changes the twin in place
     ):
         from transformers import AttentionInterface
@@ -356,7 +368,8 @@ class RaggedModel:
             ids += part.ids
             positions += range(part.start, part.start + len(part.ids))
             last[part.slot] = len(ids) - 1
-        step = _Step(self.slots, chunks, singles, list(_grouped(singles))).on(self.device)
+        call = _CALL_BYTES * len(self.slots.keys) / max(1, self.slots.bytes_per_token)
+        step = _Step(self.slots, chunks, singles, list(_grouped(singles, call))).on(self.device)
         with torch.inference_mode(), _during(step):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
