@@ -229,6 +229,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'truthgpt_nb.devices.doctor': ('api/devices.html#doctor', 'truthgpt_nb/devices.py'),
                                      'truthgpt_nb.devices.environment': ('api/devices.html#environment', 'truthgpt_nb/devices.py'),
                                      'truthgpt_nb.devices.evaluating': ('api/devices.html#evaluating', 'truthgpt_nb/devices.py'),
+                                     'truthgpt_nb.devices.memory_bandwidth': ( 'api/devices.html#memory_bandwidth',
+                                                                               'truthgpt_nb/devices.py'),
                                      'truthgpt_nb.devices.model_lock': ('api/devices.html#model_lock', 'truthgpt_nb/devices.py'),
                                      'truthgpt_nb.devices.package_version': ('api/devices.html#package_version', 'truthgpt_nb/devices.py'),
                                      'truthgpt_nb.devices.pick_device': ('api/devices.html#pick_device', 'truthgpt_nb/devices.py'),
