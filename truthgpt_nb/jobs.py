@@ -103,7 +103,7 @@ def _alone(target: Path) -> Iterator[None]:
         if not lock.is_locked:
             Path(f"{target}.lock").unlink(missing_ok=True)
 
-# %% ../nbs/api/09a_jobs.ipynb #e54caf8f
+# %% ../nbs/api/09a_jobs.ipynb #30deb589
 @dataclass(frozen=True)
 class FileResult:
     "What became of the lines of a file."
@@ -153,10 +153,10 @@ def write_file(
         _check_job(
             target, {"model": generator.identity, "settings": to_dict(updated(chosen, batch_size=None))}, bool(done)
         )
-        with target.open("ab") as out, Path(f"{target}.rejected").open("wb") as aside:
+        aside = Path(f"{target}.rejected")
+        aside.unlink(missing_ok=True)
+        with target.open("ab") as out:
             written, rejected, tokens = _write_missing(generator, prompts, done, chosen, progress, out, aside)
-        if not rejected:
-            Path(f"{target}.rejected").unlink()
     return FileResult(str(target), written, len(done), rejected, tokens, time.perf_counter() - start)
 
 
@@ -167,14 +167,15 @@ def _write_missing(
     settings: GenerationConfig,
     progress: bool | None,
     out: BinaryIO,
-    aside: BinaryIO,
+    aside: Path,
 ) -> tuple[int, int, int]:
     wanted: dict[int, tuple[int, bytes, dict[str, Any]]] = {}  # what is on its way, by its place among the prompts
     counts = {"written": 0, "rejected": 0, "tokens": 0}
 
     def reject(number: int, line: bytes, error: Exception) -> None:
         text = line.decode("utf-8", "replace").rstrip("\n")
-        _add(aside, {"line": number, "error": str(error), "input": text})
+        with aside.open("ab") as file:
+            _add(file, {"line": number, "error": str(error), "input": text})
         counts["rejected"] += 1
         bar.update()
 

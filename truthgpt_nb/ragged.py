@@ -331,8 +331,16 @@ class _Attention:
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return weights[..., : k.shape[2]] @ v
 
-# %% ../nbs/api/07a_ragged.ipynb #22132ec7
+# %% ../nbs/api/07a_ragged.ipynb #8c42dae1
 _NAME = "truthgpt_ragged"
+
+
+def _fuse_activations(module: torch.nn.Module) -> None:
+    from transformers.activations import FastGELUActivation, NewGELUActivation
+
+    for name, child in module.named_children():
+        if type(child) in (NewGELUActivation, FastGELUActivation):
+            setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 class RaggedModel:
@@ -350,7 +358,8 @@ class RaggedModel:
         AttentionInterface.register(_NAME, ragged_attention)
         self.model = twin(model).eval()
         prepare(self.model)
-        for module in self.model.modules():
+        for module in list(self.model.modules()):
+            _fuse_activations(module)
             if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
                 module.config._attn_implementation_internal = _NAME  # type: ignore[union-attr]
                 module.config.pad_token_id = None  # type: ignore[union-attr]  # there is none to be warned of
