@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers as hf
 
+from truthgpt_nb import precision
 from truthgpt_nb.configs import EvidenceConfig, GenerationConfig, Tolerance
 from truthgpt_nb.core import EngineError, InputError
 from truthgpt_nb.engine import InferenceEngine, end_ids
-from truthgpt_nb.ragged import RaggedModel
+from truthgpt_nb.ragged import RaggedModel, Slots
 
 VOCABULARY = 97
 SMALL = {
@@ -95,14 +96,16 @@ def llama():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_writes_what_generate_writes(name):
+def test_every_architecture_writes_what_generate_writes(name, monkeypatch):
     model, requests = made(name), some_requests(seed=1)
     expected = [alone(model, *request) for request in requests]
     assert len({token for text in expected for token in text}) > 8  # texts that can be told apart
-    for options in ({"max_batch_size": 5, "chunk_tokens": 24}, {"max_batch_size": 16}):
+    for kernel, options in (("stock", {"max_batch_size": 5, "chunk_tokens": 24}), ("packed", {"max_batch_size": 16})):
+        monkeypatch.setattr(precision, "fastest_kernel", lambda *_, kernel=kernel, **__: kernel)
         with InferenceEngine(model, **options) as engine:
             assert engine.fallback is None
             together = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
+            assert list(engine._work.replaced.kernels) == [kernel]
         assert [one.tokens for one in together] == expected
 
 
@@ -218,6 +221,45 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
             together = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
         assert [one.tokens for one in together] == expected
         assert engine.stats().max_batch_size <= 3  # and it is remembered
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_no_memory_for_the_slots_leaves_fewer_of_them_or_fails_with_the_reason(llama, monkeypatch):
+    make, resize, requests = Slots._make, Slots.resize, some_requests(seed=4, count=9)
+    expected = [alone(llama, *request) for request in requests]
+
+    def make_some(slots, layer):
+        allow(slots.count * slots.length)
+        make(slots, layer)
+
+    def resize_some(slots, count, length, used):
+        if used:
+            allow(count * length)
+        resize(slots, count, length, used)
+
+    def allow(tokens):
+        if tokens > 192:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with InferenceEngine(llama, max_batch_size=8) as engine:
+        engine.generate_batch([[5]], GenerationConfig(max_new_tokens=1))
+        monkeypatch.setattr(Slots, "_make", make_some)
+        monkeypatch.setattr(Slots, "resize", resize_some)
+        together = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
+        assert [one.tokens for one in together] == expected
+        assert engine._work.ragged.slots.count <= 3
+        with pytest.raises(EngineError, match="for want of memory"):
+            engine.generate_batch([[5] * 200], GenerationConfig(max_new_tokens=2))
+        (again,) = engine.generate_batch([requests[0][0]], settings_of(requests[:1]))
+        assert again.tokens == expected[0]
+
+
+def test_slots_are_not_kept_as_long_as_a_long_request_needed_them(llama):
+    with InferenceEngine(llama, max_batch_size=16) as engine:
+        engine.generate_batch([[5] * 240], GenerationConfig(max_new_tokens=2))
+        engine.generate_batch([[5, 6]] * 12, GenerationConfig(max_new_tokens=2))
+        slots = engine._work.ragged.slots
+        assert (slots.count, slots.length) == (12, 64)
 
 
 @pytest.mark.filterwarnings("ignore:memory ran out")

@@ -104,7 +104,7 @@ class Logging:
     def __init__(self):
         from truthgpt_nb.text import TextGenerator
         self.generator, self.calls = TextGenerator("tiny-english", use_cache=False), 0
-    def each(self, prompts, *arguments, **settings):
+    def run(self, prompts, *arguments, **settings):
         import os, time
         from pathlib import Path
         here = Path({str(log)!r})
@@ -112,7 +112,7 @@ class Logging:
         self.calls += 1
         with open(here / "log", "a") as log:
             log.write("".join(prompt + chr(10) for prompt in prompts))
-        return self.generator.each(prompts, *arguments, **settings)
+        return self.generator.run(prompts, *arguments, **settings)
 def make():
     return Logging()
 """

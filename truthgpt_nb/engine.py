@@ -214,7 +214,7 @@ def _checked_ids(ids: Any, vocabulary: int, limits: dict[str, int | None], new: 
             raise InputError("ids and max_new_tokens", rule, f"{len(ids)} and {new} new ones", step)
     return list(ids)
 
-# %% ../nbs/api/08_engine.ipynb #5e8bc266
+# %% ../nbs/api/08_engine.ipynb #8b0615c4
 @dataclass(frozen=True)
 class StepRecord:
     "One step of an engine."
@@ -240,7 +240,7 @@ class EngineStats:
     cache_bytes: int  # what keys and values took at most
     linears: str  # which kernels run
     prefix: PrefixStats | None = None  # beginnings that were recalled; None without a prefix cache
-    memory_bandwidth: float | None = None  # bytes a second that the machine reads at most; None before any work
+    memory_bandwidth: float | None = None  # bytes a second that the machine reads at most; None while it works
     fallback: str | None = None  # why `generate` is used instead, None when it is not
 
     @property
@@ -265,12 +265,16 @@ class EngineStats:
             "requests in a step": f"{sum(writing) / len(writing):.3g} of {self.max_batch_size}" if writing else None,
             "keys and values": format_bytes(self.cache_bytes),
             "recalled": f"{self.prefix.recalled:,} tokens of prompts" if self.prefix and self.prefix.recalled else None,
-            "read from memory": f"{format_bytes(self.bandwidth)} of {format_bytes(self.memory_bandwidth)} a second"
-            if self.bandwidth and self.memory_bandwidth
-            else None,
+            "read from memory": self._reading(),
             "run by": f"transformers' generate, one by one: {self.fallback}" if self.fallback else self.linears,
         }
         return Table([{"what": name, "value": value} for name, value in facts.items()], "engine")
+
+    def _reading(self) -> str | None:
+        if self.bandwidth is None:
+            return None
+        most = "" if self.memory_bandwidth is None else f" of {format_bytes(self.memory_bandwidth)}"
+        return f"{format_bytes(self.bandwidth)}{most} a second, in steps without prompts"
 
     def figure(self) -> Any:  # a matplotlib figure
         "Over time: how many requests were written at once, how many waited, how many prompt tokens came in."
@@ -301,7 +305,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #c0d14b44
+# %% ../nbs/api/08_engine.ipynb #f9654e1c
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -337,7 +341,6 @@ class _Work:
         self.fingerprint: str | None = None  # of the weights that this was found with
         self.replaced = Replaced({}, 0)
         self.choice: PrecisionChoice | None = None  # for precision="auto"
-        self.memory_bandwidth: float | None = None  # of the machine
         self.born = time.perf_counter()
         self.counts: dict[str, int] = {}
         self.timings: deque[Timing] = deque(maxlen=10_000)
@@ -497,7 +500,6 @@ class _Work:
         self._settle()
         if self.refusal is not None or self.ragged is not None:
             return
-        self.memory_bandwidth = memory_bandwidth(str(device_of(self.model)))
         made = RaggedModel(self.model, 1, 64, self._exchange)
         made.forward([Part(0, 0, [0])])  # from now on it is known what a token takes
         if self.config.max_tokens is None:
@@ -544,9 +546,9 @@ class _Work:
             return
         start, parts = time.perf_counter(), self._parts()
         taken = sum(len(part.ids) for part in parts if part.start < len(self.running[part.slot].prompt))
-        read = self.replaced.weight_bytes
-        slots = self.ragged.slots
-        read += slots.bytes_per_token * sum(part.start + len(part.ids) for part in parts)
+        read, slots = self.replaced.weight_bytes, self.ragged.slots
+        if read:  # known
+            read += slots.bytes_per_token * sum(part.start + len(part.ids) for part in parts)
         before = self.tokens
         self._advance(parts)
         self.held = max(self.held, slots.count * slots.length * slots.bytes_per_token)
@@ -632,7 +634,7 @@ class _Work:
         count = min(most, max(used + len(self.waiting), 2 * used))
         if used:
             return (slots.count if used < slots.count <= most else count), longest
-        enough = slots.length >= length and slots.count * slots.length <= 4 * count * length
+        enough = length <= slots.length < 4 * length and slots.count <= 4 * count
         return (slots.count, slots.length) if enough else (count, length)
 
     def _with_less_memory(self, generation: Generation, error: Exception) -> None:
@@ -834,7 +836,7 @@ def only_settings(
         for module, before in own:
             module.generation_config = before
 
-# %% ../nbs/api/08_engine.ipynb #93859ce8
+# %% ../nbs/api/08_engine.ipynb #ea5a385a
 class InferenceEngine:
     "Runs many requests on one model at once; token ids in, token ids out."
 
@@ -1007,8 +1009,8 @@ class InferenceEngine:
         work = self._work
         done = dict(work.counts), list(work.timings), list(work.steps), work.tokens, work.prompt_tokens
         prefix = work.prefix.stats() if work.prefix is not None else None
-        machine = work.memory_bandwidth, self.fallback
-        return EngineStats(*done, work.limit, work.held, str(work.replaced), prefix, *machine)
+        machine = memory_bandwidth(str(device_of(self.model))) if work.steps and not work.open else None
+        return EngineStats(*done, work.limit, work.held, str(work.replaced), prefix, machine, self.fallback)
 
     def close(self) -> None:
         "Cancel what is left, and let go of the memory."

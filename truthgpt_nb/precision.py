@@ -32,7 +32,7 @@ from truthgpt_nb.linears import (
 __all__ = ['set_precision', 'allowed_kernels', 'PrecisionTrial', 'PrecisionChoice', 'choose_precision', 'precision_logits',
            'labels_of']
 
-# %% ../nbs/api/06d_precision.ipynb #02218b5d
+# %% ../nbs/api/06d_precision.ipynb #b4ab03ca
 def set_precision(
     model: Any,  # changed in place: a twin
     precision: str,  # exact, fast, int8, float32, float16 or bfloat16
@@ -41,7 +41,7 @@ def set_precision(
     "Exchange the linear layers of a model for what a precision allows."
     if device_of(model).type != "cpu":
         if precision not in ("exact", "float32"):
-            model.to(torch.float16 if precision == "float16" else torch.bfloat16)
+            _cast(model, torch.float16 if precision == "float16" else torch.bfloat16)
         return Replaced({}, 0)
     if next(model.parameters()).dtype != torch.float32:
         return Replaced({}, 0)
@@ -50,8 +50,20 @@ def set_precision(
 
 
 def _together(model: Any) -> list[list[str]]:
+    "The layers of a twin that take the same input."
     ids = torch.tensor([[0, 0]])
     return same_input(model, lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    "Parameters of a twin's own; buffers, such as the angles of positions, keep their type."
+    made: dict[int, torch.nn.Parameter] = {}  # by what it is made of: tied weights stay tied
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and old.is_floating_point():
+                if id(old) not in made:
+                    made[id(old)] = torch.nn.Parameter(old.detach().to(dtype), requires_grad=False)
+                module._parameters[name] = made[id(old)]
 
 
 def allowed_kernels(
@@ -60,13 +72,13 @@ def allowed_kernels(
     "The kernels that a precision may use, beside torch's own."
     return PRECISIONS.get(precision, ("packed",) if precision == "float32" else (precision,))
 
-# %% ../nbs/api/06d_precision.ipynb #a9698846
+# %% ../nbs/api/06d_precision.ipynb #70b56cb7
 @dataclass(frozen=True)
 class PrecisionTrial:
     "A precision on a sample."
 
     precision: str  # that was tried
-    speedup: float  # of the linear layers against torch's own, as their kernels were measured
+    speedup: float  # of the matrix products against torch's own of the same shapes, as their kernels were measured
     fidelity: Fidelity  # of the next-token distributions
     violations: tuple[str, ...]  # limits that are broken; empty when none is
 
@@ -118,8 +130,8 @@ def choose_precision(
     if device_of(model).type != "cpu" or not plain:  # where kernels are not exchanged, a cast is all there is
         precisions = ("fast", "exact") if plain else ("exact",)
     reference = precision_logits(model, rows)
-    limits = tolerance or Tolerance()
-    trials = [_trial(model, precision, rows, reference, limits, row_counts) for precision in precisions]
+    limits, shapes = tolerance or Tolerance(), _shapes(model)
+    trials = [_trial(model, precision, rows, reference, limits, row_counts, shapes) for precision in precisions]
     trials.sort(key=lambda trial: -trial.speedup)
     taken = next((trial.precision for trial in trials if not trial.violations), "exact")
     return PrecisionChoice(taken, tuple(trials), sum(map(len, rows)))
@@ -154,16 +166,25 @@ def _trial(
     reference: torch.Tensor,
     tolerance: Tolerance,
     row_counts: Sequence[int],
+    shapes: dict[tuple[int, int], int],
 ) -> PrecisionTrial:
     logits = precision_logits(model, rows, precision, row_counts)
     found = logits_fidelity(reference, logits, labels_of(rows))
-    speedup = _speedup(model, precision, row_counts)
+    speedup = _speedup(shapes, precision, row_counts)
     return PrecisionTrial(precision, speedup, found, tuple(found.violations(tolerance)))
 
 
-def _speedup(model: Any, precision: str, row_counts: Sequence[int]) -> float:
-    "Of all linear layers together: the geometric mean over the row counts."
-    if next(model.parameters()).dtype != torch.float32 or not (shapes := linear_shapes(model, _together(model))):
+def _shapes(model: Any) -> dict[tuple[int, int], int]:
+    "Of the products in which kernels can be exchanged, with how many there are."
+    if device_of(model).type != "cpu" or next(model.parameters()).dtype != torch.float32:
+        return {}
+    probe = twin(model).eval()
+    return linear_shapes(probe, _together(probe))
+
+
+def _speedup(shapes: dict[tuple[int, int], int], precision: str, row_counts: Sequence[int]) -> float:
+    "Of all products together: the geometric mean over the row counts."
+    if not shapes:
         return 1.0
     measured = [seconds_of(shape, row_counts, allowed_kernels(precision), count) for shape, count in shapes.items()]
     stock, chosen = ([sum(times) for times in zip(*side, strict=True)] for side in zip(*measured, strict=True))

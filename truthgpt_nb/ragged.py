@@ -21,7 +21,7 @@ from .linears import twin
 # %% auto #0
 __all__ = ['Slots', 'Part', 'ragged_attention', 'RaggedModel', 'ragged_refusal', 'last_logits']
 
-# %% ../nbs/api/07a_ragged.ipynb #ba2bdc22
+# %% ../nbs/api/07a_ragged.ipynb #acdffe40
 class Slots:
     "Keys and values of all requests, in the place of a transformers cache."
 
@@ -116,6 +116,10 @@ class Slots:
             return
         if not used:
             self.reset(count, length)
+            for layer in self._like:
+                self._make(layer)
+            return
+        self.count = min(self.count, count)
         for kept in (self.keys, self.values):
             for layer, old in kept.items():  # one after the other, so that no two copies of all are held at once
                 new = old.new_zeros(count, old.shape[1], length, old.shape[3])
@@ -223,7 +227,7 @@ def _grouped(
     if singles:
         yield _Group(first, len(singles), singles[first].slot, longest)
 
-# %% ../nbs/api/07a_ragged.ipynb #c8fc4bf8
+# %% ../nbs/api/07a_ragged.ipynb #da1fc42d
 def ragged_attention(
     module: Any,  # the attention layer; its `layer_idx` says which
     query: torch.Tensor,  # 1 × query heads × tokens × size
@@ -287,9 +291,10 @@ def _seen_by(
     first = max(0, min(starts) + 1 - sliding_window) if sliding_window else 0
     about = group.first, sliding_window
     if about not in step.masks:
-        positions = step.positions[group.first : group.end]
-        mask = _window(positions, first, group.longest, sliding_window, like)[:, None, None]
-        step.masks[about] = None if min(starts) == max(starts) else mask
+        step.masks[about] = None
+        if min(starts) != max(starts):
+            positions = step.positions[group.first : group.end]
+            step.masks[about] = _window(positions, first, group.longest, sliding_window, like)[:, None, None]
     return first, step.masks[about]
 
 

@@ -264,18 +264,21 @@ class _Folder:
             aside.unlink()
         return json.loads(self.model.read_bytes())["fingerprint"]
 
-# %% ../nbs/api/18_scale.ipynb #6dd2770b
+# %% ../nbs/api/18_scale.ipynb #2f81dea2
 _MOST_STARTS = 5
 
 
 def _generated(generator: Any, prompts: list[str], job: dict[str, Any]) -> list[Any]:
     "A GeneratedText for each prompt, or the reason why there is none."
-    answers = dict(generator.each(prompts, job["max_new_tokens"], **job["settings"]))
-    return [_reason(answers[place], place) for place in range(len(prompts))]
-
-
-def _reason(answer: Any, place: int) -> Any:
-    return str(answer).replace(f"prompt[{place}]", "the prompt") if isinstance(answer, Exception) else answer
+    if not prompts:
+        return []
+    try:
+        return list(generator.run(prompts, job["max_new_tokens"], **job["settings"]))
+    except (InputError, EngineError) as error:
+        if len(prompts) == 1:
+            return [str(error).replace("prompt[0]", "the prompt")]
+    half = len(prompts) // 2
+    return _generated(generator, prompts[:half], job) + _generated(generator, prompts[half:], job)
 
 
 def _fingerprint(generator: Any) -> str | None:
@@ -553,13 +556,13 @@ def _read(folder: _Folder, start: int, job: dict[str, Any]) -> list[dict[str, An
     step = "Delete this file, and make the same call of generate_dataset again."
     raise InputError(str(folder.shard(start)), "must hold its records", problem, step)
 
-# %% ../nbs/api/18_scale.ipynb #dad4a941
+# %% ../nbs/api/18_scale.ipynb #47ac793e
 def generate_dataset(
     data: Any,  # a path to JSONL or Parquet (file or folder), a list of prompts or of dicts, or a ray.data.Dataset
     output: str | Path,  # the folder for the records, on storage that all machines share; made when missing
     *,
     model: str | Path = "tiny-english",  # a name or path that every machine knows
-    make_generator: Callable[[], Any] | None = None,  # makes what has `each`, in each worker; in place of `model`
+    make_generator: Callable[[], Any] | None = None,  # makes what has `run`, in each worker; in place of `model`
     prompt_column: str = "prompt",  # which column of a record is continued
     max_new_tokens: int = 64,  # how many tokens to write at most
     records_per_batch: int = 64,  # how many records are handed out, and written to one file, at once
