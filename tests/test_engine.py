@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import transformers as hf
@@ -15,7 +16,7 @@ import transformers as hf
 from truthgpt_nb import precision
 from truthgpt_nb.configs import EvidenceConfig, GenerationConfig, Tolerance
 from truthgpt_nb.core import EngineError, InputError
-from truthgpt_nb.engine import InferenceEngine, end_ids
+from truthgpt_nb.engine import EngineStats, InferenceEngine, StepRecord, end_ids
 from truthgpt_nb.ragged import RaggedModel, Slots
 
 VOCABULARY = 97
@@ -252,6 +253,14 @@ def test_no_memory_for_the_slots_leaves_fewer_of_them_or_fails_with_the_reason(l
             engine.generate_batch([[5] * 200], GenerationConfig(max_new_tokens=2))
         (again,) = engine.generate_batch([requests[0][0]], settings_of(requests[:1]))
         assert again.tokens == expected[0]
+
+
+def test_the_timeline_is_at_zero_while_nothing_is_done():
+    steps = [StepRecord(start, 1.0, writing, 0, 0, 0) for start, writing in ((0.0, 2), (1.0, 1), (5.0, 3))]
+    figure = EngineStats({}, [], steps, 6, 0, 32, 0, "").figure()
+    written, _ = figure.axes[0].lines
+    assert written.get_xydata().tolist() == [[0, 2], [1, 1], [2, 0], [5, 3], [6, 0]]
+    plt.close(figure)
 
 
 def test_slots_are_not_kept_as_long_as_a_long_request_needed_them(llama):

@@ -214,7 +214,7 @@ def _checked_ids(ids: Any, vocabulary: int, limits: dict[str, int | None], new: 
             raise InputError("ids and max_new_tokens", rule, f"{len(ids)} and {new} new ones", step)
     return list(ids)
 
-# %% ../nbs/api/08_engine.ipynb #8b0615c4
+# %% ../nbs/api/08_engine.ipynb #7dbe976c
 @dataclass(frozen=True)
 class StepRecord:
     "One step of an engine."
@@ -279,14 +279,23 @@ class EngineStats:
     def figure(self) -> Any:  # a matplotlib figure
         "Over time: how many requests were written at once, how many waited, how many prompt tokens came in."
         figure, (batch, prompt) = subplots(2, width=8.5, height=2.6)
-        times = [step.start for step in self.steps]
-        batch.step(times, [step.writing for step in self.steps], where="post", label="written")
-        batch.step(times, [step.waiting for step in self.steps], where="post", label="waiting")
+        for label, name in (("written", "writing"), ("waiting", "waiting")):
+            batch.step(*self._over_time(name), where="post", label=label)
         batch.set(title="requests", xlabel="seconds")
         batch.legend(frameon=False)
-        prompt.step(times, [step.prompt_tokens for step in self.steps], where="post", color="tab:green")
+        prompt.step(*self._over_time("prompt_tokens"), where="post", color="tab:green")
         prompt.set(title="prompt tokens in a step", xlabel="seconds")
         return figure
+
+    def _over_time(self, name: str) -> tuple[list[float], list[int]]:
+        "The starts of the steps and a count of each; 0 from the end of a step on that none follows at once."
+        points = list[tuple[float, int]]()
+        for step, after in itertools.zip_longest(self.steps, self.steps[1:]):
+            points.append((step.start, getattr(step, name)))
+            end = step.start + step.seconds
+            if after is None or after.start > end + 0.05:
+                points.append((end, 0))
+        return [time for time, _ in points], [count for _, count in points]
 
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "All of it as plain data."
@@ -305,7 +314,7 @@ def _quartiles(seconds: list[float]) -> str | None:
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     return f"{format_seconds(middle)} ({format_seconds(low)} to {format_seconds(high)})"
 
-# %% ../nbs/api/08_engine.ipynb #f9654e1c
+# %% ../nbs/api/08_engine.ipynb #9bee4d08
 def _is_out_of_memory(error: BaseException) -> bool:
     known = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in known)
@@ -500,8 +509,11 @@ class _Work:
         self._settle()
         if self.refusal is not None or self.ragged is not None:
             return
-        made = RaggedModel(self.model, 1, 64, self._exchange)
-        made.forward([Part(0, 0, [0])])  # from now on it is known what a token takes
+        made = RaggedModel(self.model, 1, 64)
+        run = partial(made.forward, [Part(0, 0, [0])])
+        self.replaced = set_precision(made.model, self.precision(), self.row_counts(), run)
+        if not made.slots.bytes_per_token:  # what a token takes is known from the first call on
+            run()
         if self.config.max_tokens is None:
             self.room = available_memory(made.device) // 4 // max(1, made.slots.bytes_per_token)
         self.ragged = made
@@ -517,9 +529,6 @@ class _Work:
             (self.prefix.confirm if fingerprint == self.fingerprint else self.prefix.doubt)()
         if fingerprint != self.fingerprint:
             self._look(fingerprint)
-
-    def _exchange(self, model: torch.nn.Module) -> None:
-        self.replaced = set_precision(model, self.precision(), self.row_counts())
 
     def row_counts(self) -> tuple[int, ...]:
         return 1, min(32, self.config.max_batch_size), self.config.chunk_tokens
