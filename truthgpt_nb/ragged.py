@@ -21,7 +21,7 @@ from .linears import twin
 # %% auto #0
 __all__ = ['Slots', 'Part', 'ragged_attention', 'RaggedModel', 'ragged_refusal', 'last_logits']
 
-# %% ../nbs/api/07a_ragged.ipynb #acdffe40
+# %% ../nbs/api/07a_ragged.ipynb #9e6a6962
 class Slots:
     "Keys and values of all requests, in the place of a transformers cache."
 
@@ -90,18 +90,21 @@ class Slots:
         self,
         slot: int,  # whose keys and values
         start: int,  # the first token
-        stop: int,  # the token after the last
-        row: torch.Tensor,  # what `read` gave
-    ) -> bool:  # False, and nothing is written, if it is not of this shape
-        "Put a copy back, into any slot."
+        size: int,  # tokens of each copy
+        rows: Sequence[torch.Tensor],  # what `read` gave for neighbouring tokens
+    ) -> bool:  # False, and nothing is written, if they are not of this shape
+        "Put copies back, one after the other, into any slot."
         for layer in self._like.keys() - self.keys.keys():
             self._make(layer)
         layers = [(self.keys[layer], self.values[layer]) for layer in sorted(self.keys)]
+        stop = start + size * len(rows)
         places = [kept[slot, :, start:stop] for pair in layers for kept in pair]
-        if not places or stop > self.length or sum(place.numel() for place in places) != row.numel():
+        sizes = [place.shape[0] * size * place.shape[2] for place in places]
+        if not places or stop > self.length or any(row.numel() != sum(sizes) for row in rows):
             return False
-        for place, part in zip(places, row.split([place.numel() for place in places]), strict=True):
-            place.copy_(part.view(place.shape))
+        parts = zip(*(row.to(places[0].device).split(sizes) for row in rows), strict=True)
+        for place, some in zip(places, parts, strict=False):  # no rows, no parts
+            torch.cat([part.view(place.shape[0], size, -1) for part in some], 1, out=place)
         return True
 
     @torch.inference_mode()
