@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers as hf
 
-from truthgpt_nb import precision
+from truthgpt_nb import precision, ragged
 from truthgpt_nb.configs import EvidenceConfig, GenerationConfig, Tolerance
 from truthgpt_nb.core import EngineError, InputError
+from truthgpt_nb.devices import compiler_problem
 from truthgpt_nb.engine import EngineStats, InferenceEngine, StepRecord, end_ids
 from truthgpt_nb.ragged import RaggedModel, Slots
 
@@ -183,6 +184,34 @@ def test_the_model_of_the_caller_stays_as_it_is(llama):
 
 
 # faults
+
+
+@pytest.mark.skipif(compiler_problem() is not None, reason=f"torch.compile: {compiler_problem()}")
+@pytest.mark.filterwarnings("ignore:torch.compile is taken back")
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT2"])
+def test_compiled_layers_write_what_generate_writes(name, monkeypatch):
+    monkeypatch.setattr(precision, "fastest_kernel", lambda shape, row_counts, kernels: "packed")
+    model, requests = made(name), some_requests(5)
+    with InferenceEngine(model, compile=True, chunk_tokens=16, max_batch_size=4) as engine:
+        engine.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=2))
+        assert engine.compiled.verdict in ("kept", "no gain", "slower"), engine.compiled.reason
+        assert engine._work.ragged.compiled == (engine.compiled.verdict == "kept")
+        engine._work.ragged.compiled = True
+        monkeypatch.setattr(ragged, "_attended", None)  # a layer that is not compiled would call it
+        written = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
+    assert [one.tokens for one in written] == [alone(model, ids, count) for ids, count in requests]
+
+
+def test_a_compiler_that_fails_is_left_out_with_its_reason(llama, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no compiler today")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with InferenceEngine(llama, compile=True) as engine:
+        with pytest.warns(UserWarning, match="torch.compile failed, and is left out: .*no compiler today"):
+            one = engine.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=4))[0]
+        assert engine.compiled.verdict == "failed"
+    assert one.tokens == alone(llama, [5, 6, 7], 4)
 
 
 def failing(monkeypatch, when, error):

@@ -242,7 +242,7 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError("stop", "must hold strings that are not empty", self.stop, "Leave the empty string out.")
 
-# %% ../nbs/api/01_configs.ipynb #14ddeb8c
+# %% ../nbs/api/01_configs.ipynb #37c04ecd
 @config
 class InferenceConfig:
     "How an engine runs a model."
@@ -259,6 +259,9 @@ class InferenceConfig:
     precision: Literal["exact", "fast", "int8", "auto", "float32", "float16", "bfloat16"] = Field(
         default="exact",
         description="of the matrix products: exact, fast (half precision allowed), int8 (that too), auto, or one type",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile the layers, and take it back where steps are not shorter"
     )
     prefix_bytes: int = Field(
         default=2**28, ge=0, description="how much memory to use for beginnings that prompts share; 0 for none"

@@ -230,7 +230,7 @@ def _grouped(
     if singles:
         yield _Group(first, len(singles), singles[first].slot, longest)
 
-# %% ../nbs/api/07a_ragged.ipynb #da1fc42d
+# %% ../nbs/api/07a_ragged.ipynb #89e210b2
 def ragged_attention(
     module: Any,  # the attention layer; its `layer_idx` says which
     query: torch.Tensor,  # 1 × query heads × tokens × size
@@ -244,8 +244,22 @@ def ragged_attention(
     **other: Any,  # what does not matter outside of training
 ) -> tuple[torch.Tensor, None]:  # 1 × tokens × query heads × size, and no weights
     "Attention of each request's tokens to the tokens of the same request."
+    attend = _traced if torch.compiler.is_compiling() else _attended
+    return attend(query, key, value, module.layer_idx, scaling, sliding_window, softcap, s_aux), None
+
+
+def _attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: int,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
     step = _now.get()
-    keys, values = step.slots.of_layer(module.layer_idx, key, value)
+    keys, values = step.slots.of_layer(layer, key, value)
     attend = _Attention(scaling, softcap, s_aux)
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     at = 0
@@ -262,7 +276,7 @@ def ragged_attention(
         out[:, at:end] = attend(query[:, :, at:end], *seen, mask, causal=mask is None).transpose(1, 2)
         at = end
     if not step.singles:
-        return out, None
+        return out
     keys[step.places, :, step.positions] = key[0, :, at:].transpose(0, 1)
     values[step.places, :, step.positions] = value[0, :, at:].transpose(0, 1)
     queries = query[0, :, at:].transpose(0, 1)[:, :, None]
@@ -272,7 +286,21 @@ def ragged_attention(
         seen = keys[slots, :, first : group.longest], values[slots, :, first : group.longest]
         answers = attend.single(queries[group.first : group.end], *seen, mask)
         out[0, at + group.first : at + group.end] = answers[:, :, 0]
-    return out, None
+    return out
+
+
+_traced = torch.library.custom_op(  # what torch.compile sees of it
+    "truthgpt_nb::attention",
+    _attended,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, SymInt layer, float? scaling, SymInt? sliding_window,"
+    " float? softcap, Tensor? s_aux) -> Tensor",
+)
+
+
+@_traced.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 def _window(
@@ -339,7 +367,7 @@ class _Attention:
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return weights[..., : k.shape[2]] @ v
 
-# %% ../nbs/api/07a_ragged.ipynb #1564853f
+# %% ../nbs/api/07a_ragged.ipynb #8cafb9f8
 _NAME = "truthgpt_ragged"
 
 
@@ -370,12 +398,42 @@ class RaggedModel:
                 module.config._attn_implementation_internal = _NAME  # type: ignore[union-attr]
                 module.config.pad_token_id = None  # type: ignore[union-attr]  # there is none to be warned of
         self.slots, self.device = Slots(slots, length), device_of(model)
+        self._compiled: dict[torch.nn.Module, Any] = {}  # the layers, and what torch.compile makes of their forward
+
+    def compile(self) -> None:
+        "Make one graph of each layer, for a single token and for several; forget all requests."
+        kinds = set(getattr(self.model, "_no_split_modules", None) or ())
+        layers = [module for module in self.model.modules() if type(module).__name__ in kinds]
+        self._compiled = {layer: torch.compile(layer.forward, dynamic=True, fullgraph=True) for layer in layers}
+        self.compiled = True
+        self.slots.reset(2, 64)
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # all layers are one but for their number
+            for parts in ([Part(0, 0, [0, 0])], [Part(0, 2, [0])], [Part(0, 3, [0]), Part(1, 0, [0])]):
+                self._forward(parts)
+
+    @property
+    def compiled(self) -> bool:
+        "Whether the layers run as torch.compile made them."
+        return any("forward" in vars(layer) for layer in self._compiled)
+
+    @compiled.setter
+    def compiled(self, on: bool) -> None:
+        for layer, forward in self._compiled.items():
+            vars(layer).pop("forward", None)
+            if on:
+                layer.forward = forward
 
     def forward(
         self,
         parts: Sequence[Part],  # those of a single token in the order of their slots
     ) -> torch.Tensor:  # parts × vocabulary: the logits after the last token of each part
         "Work on the tokens of all parts, and keep their keys and values."
+        if not self._compiled:
+            return self._forward(parts)
+        with torch.compiler.set_stance("eager_on_recompile"):  # what was not seen so far does not wait for a compiler
+            return self._forward(parts)
+
+    def _forward(self, parts: Sequence[Part]) -> torch.Tensor:
         chunks = [part for part in parts if len(part.ids) > 1 or part.start == 0]
         singles = [part for part in parts if len(part.ids) == 1 and part.start > 0]
         ids, positions, last = list[int](), list[int](), dict[int, int]()
