@@ -196,7 +196,7 @@ def test_compiled_layers_write_what_generate_writes(name, monkeypatch):
         engine.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=2))
         assert engine.compiled.verdict in ("kept", "no gain", "slower"), engine.compiled.reason
         assert engine._work.ragged.compiled == (engine.compiled.verdict == "kept")
-        engine._work.ragged.compiled = True
+        engine._work.ragged.use_compiled(True)
         monkeypatch.setattr(ragged, "_attended", None)  # a layer that is not compiled would call it
         written = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
     assert [one.tokens for one in written] == [alone(model, ids, count) for ids, count in requests]
@@ -285,11 +285,20 @@ def test_no_memory_for_the_slots_leaves_fewer_of_them_or_fails_with_the_reason(l
 
 
 def test_the_timeline_is_at_zero_while_nothing_is_done():
-    steps = [StepRecord(start, 1.0, writing, 0, 0, 0) for start, writing in ((0.0, 2), (1.0, 1), (5.0, 3))]
+    steps = [StepRecord(start, 1.0, 0.5, writing, 0, 0, 0) for start, writing in ((0.0, 2), (1.0, 1), (5.0, 3))]
     figure = EngineStats({}, [], steps, 6, 0, 32, 0, "").figure()
     written, _ = figure.axes[0].lines
     assert written.get_xydata().tolist() == [[0, 2], [1, 1], [2, 0], [5, 3], [6, 0]]
     plt.close(figure)
+
+
+def test_the_share_that_the_engine_takes_for_itself(llama):
+    steps = [StepRecord(start, 1.0, in_model, 1, 0, 0, 0) for start, in_model in ((0.0, 0.5), (1.0, 1.0))]
+    assert EngineStats({}, [], steps, 2, 0, 32, 0, "").beside_model == 0.25
+    assert EngineStats({}, [], [], 0, 0, 32, 0, "").beside_model is None
+    with InferenceEngine(llama) as engine:
+        engine.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=4))
+        assert all(0 < step.model_seconds < step.seconds for step in engine.stats().steps)
 
 
 def test_slots_are_not_kept_as_long_as_a_long_request_needed_them(llama):

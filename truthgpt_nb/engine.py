@@ -222,6 +222,7 @@ class StepRecord:
 
     start: float  # seconds since the engine was made
     seconds: float  # how long it took
+    model_seconds: float  # of those, in the model
     writing: int  # requests that received a token
     prompt_tokens: int  # tokens of prompts that were taken in
     waiting: int  # requests in the queue
@@ -250,6 +251,12 @@ class EngineStats:
         steps = [step for step in self.steps if step.writing and not step.prompt_tokens and step.bytes_read]
         return median(step.bytes_read / step.seconds for step in steps) if steps else None
 
+    @property
+    def beside_model(self) -> float | None:  # 0 to 1; None when there is nothing beside it to see
+        "The share of the time that the engine takes for itself."
+        busy = sum(step.seconds for step in self.steps)
+        return 1 - sum(step.model_seconds for step in self.steps) / busy if busy and self.fallback is None else None
+
     def table(self) -> Table:  # one row a fact
         "The counts and medians as a table."
         busy = sum(step.seconds for step in self.steps)
@@ -263,6 +270,7 @@ class EngineStats:
             "steps": f"{len(self.steps):,}, median {format_seconds(median(s.seconds for s in self.steps))}"
             if self.steps
             else "0",
+            "beside the model": None if self.beside_model is None else f"{self.beside_model:.1%} of the time",
             "requests in a step": f"{sum(writing) / len(writing):.3g} of {self.max_batch_size}" if writing else None,
             "keys and values": format_bytes(self.cache_bytes),
             "recalled": f"{self.prefix.recalled:,} tokens of prompts" if self.prefix and self.prefix.recalled else None,
@@ -357,6 +365,7 @@ class _Work:
         self.timings: deque[Timing] = deque(maxlen=10_000)
         self.steps: deque[StepRecord] = deque(maxlen=10_000)
         self.tokens = self.prompt_tokens = self.held = 0
+        self.in_model = 0.0  # seconds of the present step
         self.swept = 0.0  # when the queue was last looked through for what was cancelled
         self.shared_out = 0.0  # until when the time is accounted for
         self._look(self._fingerprint())
@@ -544,7 +553,7 @@ class _Work:
                 raise EngineError("compile", "needs a compiler", problem, "Install one, or leave compile out.")
             made.compile()
         except Exception as error:  # of any kind: it is a compiler
-            made.compiled = False
+            made.use_compiled(False)
             warnings.warn(f"torch.compile failed, and is left out: {describe_error(error)}", stacklevel=2)
             return Evidence("torch.compile", "failed", describe_error(error))
         took = time.perf_counter() - start
@@ -552,7 +561,7 @@ class _Work:
         made.forward([Part(part.slot, 0, [*range(8)]) for part in last])
 
         def steps(compiled: bool) -> torch.Tensor:
-            made.compiled = compiled
+            made.use_compiled(compiled)
             return torch.cat([made.forward(last[:1]), made.forward(last)])
 
         found = compare(
@@ -565,7 +574,7 @@ class _Work:
             detail=f"a step of one request and one of {len(last)}",
             device=made.device,
         )
-        made.compiled = found.verdict == "kept"
+        made.use_compiled(found.verdict == "kept")
         if not made.compiled:
             warnings.warn(f"torch.compile is taken back: {found.verdict}, {found.reason}", stacklevel=2)
         return found
@@ -598,12 +607,13 @@ class _Work:
         read, slots = self.replaced.weight_bytes, self.ragged.slots
         if read:  # known
             read += slots.bytes_per_token * sum(part.start + len(part.ids) for part in parts)
-        before = self.tokens
+        before, self.in_model = self.tokens, 0.0
         self._advance(parts)
         self.held = max(self.held, slots.count * slots.length * slots.bytes_per_token)
         self.prompt_tokens += taken
         written, seconds = self.tokens - before, time.perf_counter() - start
-        self.steps.append(StepRecord(start - self.born, seconds, written, taken, len(self.waiting), read))
+        about = written, taken, len(self.waiting), read
+        self.steps.append(StepRecord(start - self.born, seconds, self.in_model, *about))
 
     def _let_go(self) -> None:
         "End what was cancelled or is late."
@@ -709,10 +719,11 @@ class _Work:
     def _advance(self, parts: list[Part]) -> None:
         "Work on the parts, and give each request whose ids are all in its next token."
         assert self.ragged is not None
-        owners = [self.running[part.slot] for part in parts]
+        owners, start = [self.running[part.slot] for part in parts], time.perf_counter()
         try:
             logits = self.ragged.forward(parts)
             finite = torch.isfinite(logits.amax(-1)).tolist()
+            self.in_model += time.perf_counter() - start
         except Exception as error:
             self._find_the_cause(parts, owners, error)
             return
@@ -863,7 +874,8 @@ class _Work:
                 self._fail(generation, _failure(error, "in the model"))
         self.prompt_tokens += len(generation.prompt)
         took, taken = time.perf_counter() - start, len(generation.prompt)
-        self.steps.append(StepRecord(start - self.born, took, self.tokens - before, taken, len(self.waiting), 0))
+        about = self.tokens - before, taken, len(self.waiting), 0
+        self.steps.append(StepRecord(start - self.born, took, took, *about))
 
 
 def _by_slot(pair: tuple[Part, int]) -> int:

@@ -119,7 +119,7 @@ class HalfLinear(_Kernel):
         bias: torch.Tensor | None = None,  # out
     ):
         super().__init__(weight)
-        largest, limit = float(weight.detach().abs().max()), torch.finfo(torch.float16).max
+        largest, limit = max(abs(float(x)) for x in torch.aminmax(weight.detach())), torch.finfo(torch.float16).max
         if not largest <= limit:
             raise InputError("weight", f"must be within ±{limit:g} for float16", largest, "Use bfloat16 or float32.")
         plain_bias = None if bias is None else bias.detach().float()
@@ -167,11 +167,14 @@ class Int8Linear(_Kernel):
 
 
 _SMALLEST = 1e-12  # what a row of zeros is divided by
+_ROUNDED_AT_ONCE = 512  # rows: few enough to stay in the processor's cache
 
 
 def _int8_packed(weight: torch.Tensor) -> Any:
-    scale = weight.abs().amax(1).clamp_min_(_SMALLEST) / 127
-    rounded, zeros = (weight / scale[:, None]).round_().to(torch.int8), torch.zeros(len(weight), dtype=torch.long)
+    scale = torch.maximum(weight.amax(1), -weight.amin(1)).clamp_min_(_SMALLEST) / 127
+    rounded, zeros = torch.empty(weight.shape, dtype=torch.int8), torch.zeros(len(weight), dtype=torch.long)
+    for target, rows, steps in zip(*(x.split(_ROUNDED_AT_ONCE) for x in (rounded, weight, scale)), strict=True):
+        target.copy_((rows / steps[:, None]).round_())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of quantized tensors in general
         quantized = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zeros, 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -46,7 +46,7 @@ def set_precision(
         return Replaced({}, 0)
     if next(model.parameters()).dtype != torch.float32:
         return Replaced({}, 0)
-    choose = partial(fastest_kernel, row_counts=row_counts, kernels=allowed_kernels(precision))
+    choose = cache(partial(fastest_kernel, row_counts=row_counts, kernels=allowed_kernels(precision)))
     return replace_linears(model, choose, same_input(model, run) if run else _together(model))
 
 

@@ -405,7 +405,7 @@ class RaggedModel:
         kinds = set(getattr(self.model, "_no_split_modules", None) or ())
         layers = [module for module in self.model.modules() if type(module).__name__ in kinds]
         self._compiled = {layer: torch.compile(layer.forward, dynamic=True, fullgraph=True) for layer in layers}
-        self.compiled = True
+        self.use_compiled(True)
         self.slots.reset(2, 64)
         with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # all layers are one but for their number
             for parts in ([Part(0, 0, [0, 0])], [Part(0, 2, [0])], [Part(0, 3, [0]), Part(1, 0, [0])]):
@@ -416,8 +416,11 @@ class RaggedModel:
         "Whether the layers run as torch.compile made them."
         return any("forward" in vars(layer) for layer in self._compiled)
 
-    @compiled.setter
-    def compiled(self, on: bool) -> None:
+    def use_compiled(
+        self,
+        on: bool,  # whether to
+    ) -> None:
+        "Run the layers as torch.compile made them, or as they are."
         for layer, forward in self._compiled.items():
             vars(layer).pop("forward", None)
             if on:
