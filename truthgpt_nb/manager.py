@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,14 @@ from safetensors import safe_open
 from .configs import ModelConfig, updated
 from .core import InputError, ModelError, Table, format_bytes, unknown_name
 from .devices import compiler_problem, device_of, held_memory, package_version, synchronize
-from .models import Source, TextModel, count_parameters, load_text_model, parameter_bytes
+from truthgpt_nb.models import (
+    Source,
+    TextModel,
+    count_parameters,
+    load_text_model,
+    parameter_bytes,
+    quiet_loading,
+)
 
 # %% auto #0
 __all__ = ['ModelSize', 'model_size', 'Freed', 'ModelManager']
@@ -179,10 +187,11 @@ class ModelManager:
             task_type="CAUSAL_LM",
         )
         try:
-            if self.adapters:
-                self.model.add_adapter(name, config)
-            else:
-                self._replace(get_peft_model(self.model, config, adapter_name=name))
+            with _without_chatter():
+                if self.adapters:
+                    self.model.add_adapter(name, config)
+                else:
+                    self._replace(get_peft_model(self.model, config, adapter_name=name))
         except ValueError as error:
             linear = sorted(
                 {n.rpartition(".")[2] for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -206,10 +215,11 @@ class ModelManager:
             rule = "must hold adapter_config.json and adapter_model.safetensors"
             raise ModelError("folder", rule, str(folder), "Pass a folder that save_adapter wrote.")
         _check_fits(self.model.get_base_model() if self.adapters else self.model, path / "adapter_model.safetensors")
-        if self.adapters:
-            self.model.load_adapter(path, name)
-        else:
-            self._replace(PeftModel.from_pretrained(self.model, path, adapter_name=name))
+        with _without_chatter():
+            if self.adapters:
+                self.model.load_adapter(path, name)
+            else:
+                self._replace(PeftModel.from_pretrained(self.model, path, adapter_name=name))
         self.use(name)
         self.model.eval()
 
@@ -266,7 +276,8 @@ class ModelManager:
             self._forget_peft()
             return
         active = [other for other in self.active if other != name]
-        self.model.delete_adapter(name)
+        with _without_chatter():
+            self.model.delete_adapter(name)
         self.use(*active)
 
     def merge(self) -> None:
@@ -337,7 +348,8 @@ class ModelManager:
             raise ModelError("model", "must have no adapters to be saved whole", self.adapters, step)
 
         def write(aside: Path) -> None:
-            self.model.save_pretrained(aside, max_shard_size=max_shard_bytes)
+            with quiet_loading():
+                self.model.save_pretrained(aside, max_shard_size=max_shard_bytes)
             self.tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(self._card(note), encoding="utf-8")
             _compare(aside, self.model.state_dict())
@@ -407,6 +419,15 @@ class ModelManager:
 
     def _repr_html_(self) -> str:
         return "<p>ModelManager(let go)</p>" if self._loaded is None else self.table()._repr_html_()
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    "Without what peft says of things that it does right, and of its calls of older names in transformers."
+    with warnings.catch_warnings():
+        for said in ("`is_gradient_checkpointing`", "fan_in_fan_out is set to False", "Adapter .* was active"):
+            warnings.filterwarnings("ignore", said)
+        yield
 
 
 def _check_fits(model: torch.nn.Module, file: Path) -> None:

@@ -43,8 +43,8 @@ from truthgpt_nb.core import (
 from .devices import device_of, package_version, pick_device, pick_dtype
 
 # %% auto #0
-__all__ = ['Source', 'count_parameters', 'parameter_bytes', 'context_length', 'TextModel', 'embedded_models', 'locate_model',
-           'convert_gguf', 'load_text_model', 'as_text_model']
+__all__ = ['quiet_loading', 'Source', 'count_parameters', 'parameter_bytes', 'context_length', 'TextModel', 'embedded_models',
+           'locate_model', 'convert_gguf', 'load_text_model', 'as_text_model']
 
 # %% ../nbs/api/06_models.ipynb #521c1ffc
 class _WithoutReport(logging.Filter):
@@ -53,7 +53,8 @@ class _WithoutReport(logging.Filter):
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
+    "transformers' progress bars and its report of missing tensors off inside the block."
     from transformers.utils import logging as transformers_logging
 
     noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]  # while transformers imports them
@@ -409,7 +410,7 @@ def _load_folder(folder: Path, settings: ModelConfig, source: Source) -> TextMod
     quantized = _quantization(settings, device)
     dtype = pick_dtype(settings.dtype, device)
     _check_folder(folder, settings)
-    with _quiet_loading():
+    with quiet_loading():
         tokenizer = _load_tokenizer(folder, settings)
         model = _load_weights(folder, dtype, device, settings, quantized)
     _make_padding(tokenizer, model)
@@ -590,7 +591,7 @@ def _unpack(path: Path, folder: Path) -> None:
     with tqdm(total=len(steps), desc=f"Converting {path.name}, once", leave=False, file=sys.stderr) as bar:
         for name, unpack in steps.items():
             bar.set_postfix_str(name)
-            with _refusing(str(path), "must be a GGUF file that transformers can read", step), _quiet_loading():
+            with _refusing(str(path), "must be a GGUF file that transformers can read", step), quiet_loading():
                 unpack(path, folder)
             bar.update()
 
