@@ -230,9 +230,30 @@ def test_a_run_that_was_taken_back_goes_on_from_there(tmp_path):
     with CheckpointManager(tmp_path, keep_last=2) as manager:
         for step in (10, 20, 30):
             manager.save(step, {"numbers": {"run": 1}})
-        manager.save(25, {"numbers": {"run": 2}})
+        manager.save(15, {"numbers": {"run": 2}})
         manager.wait()
-        assert manager.latest().step == 25 and manager.steps() == [30, 25]
+        assert manager.latest().step == 15 and manager.steps() == [30, 15]
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu_is_resumed(tmp_path):
+    model, other = (torch.nn.Linear(64, 64, device="cuda") for _ in range(2))
+    run, again = ({"model": one, "ema": EMAManager(one), "random": RandomState()} for one in (model, other))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, run)
+        expected = torch.rand(3, device="cuda"), torch.rand(3)
+        manager.resume(again)
+    assert all(map(torch.equal, (torch.rand(3, device="cuda"), torch.rand(3)), expected))
+    assert same(model.state_dict(), other.state_dict()) and other.weight.is_cuda
+    assert same(run["ema"].state_dict(), again["ema"].state_dict())
+
+
+def test_the_average_goes_where_the_model_goes():
+    model = torch.nn.Linear(2, 2)
+    ema = EMAManager(model)
+    model.to(device="meta")
+    ema.update()
+    assert {average.device.type for average in ema.state_dict()["average"].values()} == {"meta"}
 
 
 # errors of the writer

@@ -194,8 +194,8 @@ def _write_file(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
         return {"bytes": file.tell(), "xxh3": digest.hexdigest()}
 
 
-def _sync_folder(path: Path) -> None:
-    "Flush the names in a folder to the disk."
+def _sync(path: Path) -> None:
+    "Flush a file, or the names in a folder, to the disk."
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -550,13 +550,13 @@ class CheckpointManager:
             try:
                 aside.mkdir()
                 _write_file(aside / "manifest.json", [_manifest(facts, write(aside))])
-                _sync_folder(aside)
+                _sync(aside)
                 number = max((int(path.name.split("-")[0]) for path in self._paths()), default=0) + 1
                 aside.rename(self.folder / f"{number:06d}-step-{facts['step']}")
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
-            _sync_folder(self.folder)
+            _sync(self.folder)
             self._prune()
 
     def _lock(self, seconds: float = 600) -> FileLock:
@@ -913,8 +913,9 @@ def _write_shards(folder: Path, shards: dict[str, Any]) -> dict[str, Any]:
         return {}
     with _one_error():
         save(shards, storage_writer=HuggingFaceStorageWriter(str(folder / "shards"), save_distributed=True))
-    _sync_folder(folder / "shards")
-    own = (folder / "shards").glob(f"shard-{dist.get_rank() + 1:05d}-*")
+    own = list((folder / "shards").glob(f"shard-{dist.get_rank() + 1:05d}-*"))
+    for path in (*own, folder / "shards"):  # its own flush leaves out what is still in Python's buffer
+        _sync(path)
     return {f"shards/{path.name}": _facts(path) for path in own}
 
 
