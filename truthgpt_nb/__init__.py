@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 # where each name lives; a module is imported when one of its names is first used, so `import truthgpt_nb` stays light
 _modules = {
     "CacheManager": "cache",
+    "CheckpointManager": "checkpoint",
+    "EMAManager": "checkpoint",
     "GenerationConfig": "configs",
     "InferenceConfig": "configs",
     "EvidenceConfig": "configs",
