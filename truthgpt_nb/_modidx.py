@@ -213,6 +213,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'truthgpt_nb.checkpoint._clear_errors': ( 'api/checkpoint.html#_clear_errors',
                                                                                   'truthgpt_nb/checkpoint.py'),
                                         'truthgpt_nb.checkpoint._copy_all': ('api/checkpoint.html#_copy_all', 'truthgpt_nb/checkpoint.py'),
+                                        'truthgpt_nb.checkpoint._copy_bytes': ( 'api/checkpoint.html#_copy_bytes',
+                                                                                'truthgpt_nb/checkpoint.py'),
                                         'truthgpt_nb.checkpoint._difference': ( 'api/checkpoint.html#_difference',
                                                                                 'truthgpt_nb/checkpoint.py'),
                                         'truthgpt_nb.checkpoint._facts': ('api/checkpoint.html#_facts', 'truthgpt_nb/checkpoint.py'),
