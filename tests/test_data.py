@@ -6,6 +6,7 @@ import json
 import os
 import tracemalloc
 
+import datasets
 import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -248,3 +249,11 @@ def test_pictures_are_found_beside_the_file_that_names_them(tmp_path):
     (record,) = source
     assert source.schema == "image" and load_image(record["image"]).getpixel((0, 0)) == (255, 255, 255)
     assert "gone.png" in source.report().rows[0]["problem"]
+
+
+def test_pictures_of_a_data_set_stay_bytes_until_they_are_asked_for():
+    rows = datasets.Dataset.from_list([{"image": Image.new("RGB", (3, 2), "red"), "text": "red"}])
+    for data in (rows, rows.to_iterable_dataset()):
+        (record,) = RecordSource(data)
+        assert isinstance(record["image"]["bytes"], bytes)
+        assert load_image(record["image"]).getpixel((0, 0)) == (255, 0, 0)
