@@ -209,6 +209,20 @@ def test_augmentation_depends_on_seed_epoch_and_example_and_takes_nothing_from_t
     assert not any(map(same, first, second))
 
 
+@pytest.mark.parametrize("options", [{}, STREAM])
+def test_each_example_has_random_numbers_of_its_own_in_each_epoch(options):
+    drawn = []
+
+    def note(example):
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+        return example
+
+    built = tokens(**options).batch(7).map(note).build()
+    for _ in (*built, *built):
+        pass
+    assert all(len(set(column)) == 300 for column in zip(*drawn, strict=True))
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -185,7 +185,7 @@ def _decoded(data: bytes, encoding: str) -> str:
         step = "The file is UTF-16: save it as UTF-8." if wide else "Pass encoding=, or save the file as UTF-8."
         raise InputError("the text", f"must be {encoding}", error, step) from None
 
-# %% ../nbs/api/04_data.ipynb #6497bd5d
+# %% ../nbs/api/04_data.ipynb #e526936a
 class _Reader(Protocol):
     streaming: bool
     files: list[Path]
@@ -241,7 +241,7 @@ class _Text:
             for number, block in _blocks(_lines(path, self.max_bytes), self.by):
                 large = isinstance(block, bytes) and len(block) > self.max_bytes
                 rule, step = f"must have at most {self.max_bytes:,} bytes", "Pass a larger max_bytes."
-                yield _Place(path, number), InputError(f"the {self.by}", rule, len(block), step) if large else block
+                yield _Place(path, number), InputError(f"the {self.by}", rule, "more", step) if large else block
 
     def parse(self, raw: bytes) -> Any:
         return {"text": _decoded(raw, self.encoding).replace("\r\n", "\n").strip("\r\n")}
@@ -351,7 +351,7 @@ def _content(value: Any) -> str:
     data = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
     return f"{type(value).__name__} {hashlib.sha256(data).hexdigest()}"
 
-# %% ../nbs/api/04_data.ipynb #90b6c99a
+# %% ../nbs/api/04_data.ipynb #f4802ba1
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text", ".md": "text"}
 _KINDS |= {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv"}
 _SHOWN = 100  # broken records that a report lists
@@ -463,7 +463,8 @@ class RecordSource:
     ):
         _check_choice("broken", broken, ("raise", "skip", "aside"))
         _check_choice("by", by, ("line", "paragraph", "document"))
-        _check_choice("schema", schema, (*SCHEMAS, None) if schema is None else SCHEMAS)
+        if schema is not None:
+            _check_choice("schema", schema, SCHEMAS)
         _check_encoding(encoding)
         self._reader = _reader(data, streaming, by, encoding, max_bytes)
         self.streaming = streaming or self._reader.streaming

@@ -40,7 +40,7 @@ from .fingerprint import tokenizer_fingerprint
 __all__ = ['NO_LOSS', 'Encoded', 'encode_record', 'Batch', 'document_ids', 'block_mask', 'check_batch', 'packing_error', 'Loader',
            'DataLoaderBuilder']
 
-# %% ../nbs/api/06e_loader.ipynb #be576a23
+# %% ../nbs/api/06e_loader.ipynb #b9a29386
 NO_LOSS = -100  # the label that cross entropy leaves out
 
 
@@ -59,7 +59,8 @@ def encode_record(
 ) -> Encoded:  # tokens and labels
     "Turn a record into tokens, with labels where the loss belongs."
     if schema == "tokens":
-        ids, labels = list(record["input_ids"]), list(record.get("labels", record["input_ids"]))
+        ids = list(record["input_ids"])
+        labels = list(record["labels"]) if "labels" in record else list(ids)
     elif schema == "messages":
         ids, labels = _encode_chat(record["messages"], tokenizer, chat_template or tokenizer.chat_template)
     elif schema == "completion":
@@ -170,7 +171,7 @@ class _Encoder:
         digest = None if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer)
         return asdict(replace(self, tokenizer=None)) | {"tokenizer": digest}
 
-# %% ../nbs/api/06e_loader.ipynb #51365106
+# %% ../nbs/api/06e_loader.ipynb #c9264356
 @dataclass(frozen=True)
 class _Tokens:
     "Examples as tokens, end to end."
@@ -201,8 +202,8 @@ def _stored(outcomes: Iterator[tuple[list[Encoded], Counter[str]]]) -> _Tokens:
             ids.extend(piece.ids)
             labels.extend(piece.labels)
             offsets.append(len(ids))
-    made = [torch.from_numpy(np.array(values)) for values in (ids, labels, offsets)]
-    return _Tokens(*made, dict(counts))
+    as_tensor = lambda values: torch.from_numpy(np.array(values))
+    return _Tokens(as_tensor(ids), as_tensor(labels), as_tensor(offsets), dict(counts))
 
 
 def _tokenized(source: RecordSource, encoder: _Encoder) -> _Tokens:
@@ -364,7 +365,7 @@ def packing_error(
 def _documents(documents: torch.Tensor) -> list[tuple[int, int]]:
     return [(row, number) for row, last in enumerate(documents[:, -1].tolist()) for number in range(last + 1)]
 
-# %% ../nbs/api/06e_loader.ipynb #210b46dd
+# %% ../nbs/api/06e_loader.ipynb #7c59e3da
 @dataclass(frozen=True)
 class _Settings:
     seed: int = 0
@@ -520,8 +521,9 @@ def _loaded(dataset: Any, numbers: Any, workers: int) -> Iterator[Any]:
 
     own = torch.Generator()  # otherwise making the iterator would take a number from the training's generator
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _same, "generator": own}
-    loader = DataLoader(_Sent(dataset), sampler=numbers, num_workers=workers, multiprocessing_context="fork", **options)
-    return map(pickle.loads, loader)
+    options |= {"sampler": numbers, "num_workers": workers, "multiprocessing_context": "fork"}
+    sent: Any = _Sent(dataset)
+    return map(pickle.loads, DataLoader(sent, **options))
 
 
 class Loader:
@@ -628,7 +630,7 @@ class Loader:
                 f"Here it is { ({name: now[name] for name in different}) }: build the loader as it was, or begin anew."
             )
             raise InputError("state", "must be of the same data and settings", different, step)
-        self._epoch, self._part, self._batches = place
+        self._epoch, self._part, self._batches = (state[name] for name in ("epoch", "part", "batches"))
 
     def report(self) -> Table:  # one row
         "What was read, and what became of it."
@@ -640,7 +642,7 @@ class Loader:
             facts |= {"examples": len(self._store), "tokens": len(self._store.ids), "with loss": loss}
         return Table([facts], "data")
 
-# %% ../nbs/api/06e_loader.ipynb #1aad1c75
+# %% ../nbs/api/06e_loader.ipynb #19f9bae3
 def _check_count(name: str, value: Any, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(name, f"must be a whole number of at least {least}", value, "Correct it.")
@@ -696,7 +698,7 @@ class DataLoaderBuilder:
         too_long: Literal["cut", "split", "skip", "refuse"] = "cut",  # what happens to what is longer
         chat_template: str | None = None,  # for messages; the tokenizer's own when not given
         vocab_size: int | None = None,  # of the model; the tokenizer's when not given
-        cache_dir: str | Path | None = "",  # where tokens are kept; None: nowhere; the user's cache when not given
+        cache_dir: str | Path | None = "",  # where tokens are kept; None: nowhere; when not given, in the user's cache
     ) -> DataLoaderBuilder:  # with tokens
         "Say what makes tokens of the records."
         source = self._needs_source("tokenize")
@@ -714,7 +716,7 @@ class DataLoaderBuilder:
         encoder(source.first)
         pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any token will do
         made = self._with(encoder=encoder, pad=pad)
-        made._cache_dir = user_cache_dir() / "tokens" if cache_dir == "" else cache_dir and Path(cache_dir).expanduser()
+        made._cache_dir = None if cache_dir is None else Path(cache_dir or user_cache_dir() / "tokens").expanduser()
         return made
 
     def pack(
