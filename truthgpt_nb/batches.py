@@ -61,7 +61,7 @@ def best_fit(
         with_room[room - length].append(row)
     return rows
 
-# %% ../nbs/api/04a_batches.ipynb #027e2207
+# %% ../nbs/api/04a_batches.ipynb #4eec791a
 Batches = list[list[list[int]]]  # batches of rows of examples
 
 
@@ -111,8 +111,8 @@ class Plan:
             last += [largest[::2], largest[1::2]]
         return last
 
-    def in_random_order(self) -> Plan:
-        "The same examples without packing or buckets, in batches of as many rows; what this plan is held against."
+    def in_random_order(self) -> Plan:  # with as many rows a batch
+        "The same examples without packing or buckets: what this plan is held against."
         rows = max(1, round(sum(map(len, self.batches)) / len(self)))
         return make_plan(self.lengths, rows=rows)
 
@@ -138,7 +138,7 @@ class Plan:
         left.hist(self.lengths, bins, color="0.75", label="examples")
         left.hist(rows, bins, color="tab:blue", histtype="step", linewidth=2, label="rows")
         left.set(xlabel="length in tokens", ylabel="how many", yscale="log")
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
         shares = {"random order": self.in_random_order().padding(), "this plan": self.padding()}
         bars = middle.bar(list(shares), [100 * share for share in shares.values()], color=["0.75", "tab:blue"])
         middle.bar_label(bars, [f"{share:.1%}" for share in shares.values()])
