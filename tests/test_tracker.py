@@ -147,6 +147,29 @@ def test_three_refusals_in_a_row_set_a_backend_aside_and_refill_goes_on_from_the
     assert steps == list(range(20))
 
 
+def test_a_service_that_is_away_at_the_end_gets_the_end_later(tmp_path):
+    there = {"working": True}
+
+    def send(self, record):
+        if not there["working"] and (record.kind == "status" or record.step == 4):
+            raise ConnectionError("away")
+        self.taken.append(record)
+
+    backend = kept("Away", send=send)
+    tracker = ExperimentTracker([backend], folder=tmp_path, run_name="r", system_seconds=None)
+    for step in range(4):
+        tracker.log({"loss": step})
+    while len(backend.taken) < 7:
+        time.sleep(0.01)
+    there["working"] = False
+    tracker.log({"loss": 4})
+    report, texts = caught(tracker.finish)
+    assert report.rows[1]["state"] == "set aside" and len(texts) == 1
+    there["working"] = True
+    assert refill(tracker.path, backend).rows[0]["sent now"] == 2
+    assert [r.step for r in backend.taken if isinstance(r, Record) and r.kind == "metrics"] == list(range(5))
+
+
 def test_a_call_that_hangs_holds_up_neither_the_loop_nor_the_end(tmp_path):
     hang = threading.Event()
     backend = kept("Hangs", send=lambda self, record: hang.wait())
@@ -432,8 +455,8 @@ print("written" if tracker.table().rows else "left to another", accelerator.num_
 
 def test_of_two_processes_of_accelerate_one_writes(tmp_path):
     (tmp_path / "train.py").write_text("import sys\nfrom truthgpt_nb.tracker import ExperimentTracker\n" + RANKS)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command = [sys.executable, *launch, "--main_process_port", "0", "train.py", str(tmp_path / "runs")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "train.py", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")) == ["", "left to another 2", "written 2"]
@@ -553,6 +576,8 @@ def test_wandb_needs_no_account(tmp_path, monkeypatch):
 
 UNREACHABLE = """
 import warnings
+from truthgpt_nb import tracker
+tracker._WAITS = (0.1, 0.1)
 warnings.simplefilter("always")
 about = {"folder": sys.argv[1], "project": "p", "run_name": "r"}
 tracker = ExperimentTracker(["wandb"], **about, patience_seconds=20, finish_seconds=100)
@@ -562,20 +587,20 @@ print(tracker.finish().rows[1]["state"])
 """
 
 
-@pytest.mark.parametrize("key", ["short", KEY])
+@pytest.mark.parametrize("key", ["short", pytest.param(KEY, marks=pytest.mark.slow)])  # W&B tries for half a minute
 def test_a_wrong_key_and_a_server_that_is_not_there_are_one_warning(tmp_path, key):
     wrong = {"WANDB_MODE": "online", "WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     process = script(UNREACHABLE, tmp_path, env=ENVIRONMENT | wrong)
     out, err = process.communicate(timeout=200)
-    assert out.split() == ["set aside"], err
+    assert out.strip() == "set aside", err
     assert err.count("wandb is set aside") == 1 and "Traceback" not in err and KEY not in err
     assert len(metrics(tmp_path / "p/r")) == 100
 
 
 @pytest.mark.parametrize("name", ["mlflow", "aim"])
-def test_an_optional_tracker_takes_everything_or_names_its_extra(tmp_path, name, monkeypatch):
+def test_an_optional_tracker_takes_everything_or_says_how_to_install_it(tmp_path, name, monkeypatch):
     if find_spec(name) is None:
-        with pytest.raises(DependencyError, match=rf"truthgpt_nb\[{name}\]"):
+        with pytest.raises(DependencyError, match=f"pip install {name}"):
             ExperimentTracker([name], folder=tmp_path)
         assert not any(tmp_path.iterdir())
         return
@@ -592,10 +617,14 @@ def test_an_optional_tracker_takes_everything_or_names_its_extra(tmp_path, name,
         assert {item.path for item in client.list_artifacts(run_id)} >= {"picture", "tone", "weights", "table"}
     else:
         import aim
+        from aim.sdk.index_manager import RepoIndexManager
 
+        repository, run_hash = aim.Repo(str(tmp_path / "runs")), tracker._feeds[0].about.state["run_hash"]
+        RepoIndexManager.get_index_manager(repository).index(run_hash)  # as `aim up` does
         (run,) = aim.Repo(str(tmp_path / "runs")).iter_runs()
         (metric,) = (m for m in run.metrics() if m.name == "eval/accuracy")
-        assert metric.values.sparse_numpy()[1].tolist() == [step / 50 for step in range(50)]
+        assert sorted(metric.values.sparse_numpy()[1].tolist()) == [step / 50 for step in range(50)]
+        assert run["config"]["lr"] == 0.1
 
 
 # secrets and lines

@@ -58,6 +58,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'truthgpt_nb.backends.WandbBackend.start': ( 'api/backends.html#wandbbackend.start',
                                                                                    'truthgpt_nb/backends.py'),
                                       'truthgpt_nb.backends._as_text': ('api/backends.html#_as_text', 'truthgpt_nb/backends.py'),
+                                      'truthgpt_nb.backends._await_log': ('api/backends.html#_await_log', 'truthgpt_nb/backends.py'),
                                       'truthgpt_nb.backends._has_wandb_key': ( 'api/backends.html#_has_wandb_key',
                                                                                'truthgpt_nb/backends.py'),
                                       'truthgpt_nb.backends._markdown': ('api/backends.html#_markdown', 'truthgpt_nb/backends.py'),

@@ -47,9 +47,9 @@ from truthgpt_nb.runs import (
 )
 
 # %% auto #0
-__all__ = ['F', 'TrackerWarning', 'git_state', 'ExperimentTracker', 'refill']
+__all__ = ['TrackerWarning', 'git_state', 'ExperimentTracker', 'refill']
 
-# %% ../nbs/api/14_tracker.ipynb #35a89408
+# %% ../nbs/api/14_tracker.ipynb #07f9d237
 class TrackerWarning(UserWarning):
     "Something was not tracked as asked; the run goes on."
 
@@ -107,8 +107,9 @@ class _Feed:
 
     def _set_aside(self) -> None:
         self.state = "set aside"
+        why = self.error.rstrip(".")
         _warn(
-            f"{self.name} is set aside: {self.error}. The run goes on, and is complete in {_near(self.record)}. "
+            f"{self.name} is set aside: {why}. The run goes on, and is complete in {_near(self.record)}. "
             f"To fill it in later: refill({_near(self.about.folder)!r}, {self.spelled})"
         )
 
@@ -165,14 +166,16 @@ class _Feed:
             for record, end in read_records(self.record, self.offset):
                 refused = 0 if self._send(backend, record) else refused + 1
                 if refused == _REFUSALS:
-                    self.offset, self.left_out = taken, self.left_out - refused  # these are for later
-                    raise RuntimeError(self.error)
+                    break
                 self.offset, taken = end, taken if refused else end
                 if self.ending is None and time.monotonic() - begun > _WORK:
                     self.wake.wait(_REST)
                     begun = time.monotonic()
                 if time.monotonic() - saved > _SAVE:
                     saved = self._save()
+            if refused and (last or refused == _REFUSALS):  # these are for later
+                self.offset, self.left_out = taken, self.left_out - refused
+                raise RuntimeError(self.error)
             if last:
                 return
             self.wake.wait(_POLL)
@@ -198,7 +201,9 @@ class _Feed:
 
 def _near(path: object) -> str:
     "A path, or a text with one, as seen from the folder that the process is in."
-    return str(path).replace(f"{os.getcwd()}{os.sep}", "")
+    with contextlib.suppress(OSError):  # that folder may be gone
+        return str(path).replace(f"{os.getcwd()}{os.sep}", "")
+    return str(path)
 
 
 def _warn(message: str) -> None:
@@ -278,11 +283,11 @@ def _system() -> dict[str, float]:
                 found[f"system/gpu {device} percent"] = float(torch.cuda.utilization(device))
     return found
 
-# %% ../nbs/api/14_tracker.ipynb #7d1d427a
-F = TypeVar("F", bound=Callable[..., Any])
+# %% ../nbs/api/14_tracker.ipynb #6ccb27f7
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _never_raises(method: F) -> F:
+def _never_raises(method: _Method) -> _Method:
     "Makes a warning of what goes wrong, and does nothing where this process does not write."
 
     @functools.wraps(method)
@@ -294,7 +299,7 @@ def _never_raises(method: F) -> F:
                 raise InputError("tracker", "must be open", "one that is finished", "Make another, with resume=True.")
             method(self, *args, **kwargs)
         except Exception as error:
-            subject = args[0] if args and isinstance(args[0], str) else ""
+            subject = args[0] if args and isinstance(args[0], str) and method.__name__ != "log" else ""
             self._warn_once(f"{method.__name__} {subject}".strip(), error)
 
     return call  # type: ignore[return-value]
@@ -366,7 +371,8 @@ class ExperimentTracker:
     def _warn_once(self, subject: str, error: Exception) -> None:
         if subject not in self._warned and len(self._warned) < 1000:
             self._warned.add(subject)
-            _warn(f"{self.project}/{self.name}: {subject}: {error}")
+            about = "" if getattr(error, "argument", None) == subject else f"{subject}: "
+            _warn(f"{self.project}/{self.name}: {about}{error}")
 
     def _watch(self, system_seconds: float | None) -> None:
         "Every second: calls that hang. Now and then: what the machine does, and the record onto the disk."
@@ -721,8 +727,8 @@ def _graph(model: torch.nn.Module, inputs: tuple[Any, ...]) -> bytes:
 _open: weakref.WeakSet[ExperimentTracker] = weakref.WeakSet()
 
 
-def _at_exit() -> None:
-    for tracker in list(_open):
+def _at_exit(trackers: weakref.WeakSet[ExperimentTracker] = _open) -> None:
+    for tracker in list(trackers):
         tracker.finish("ended")
 
 
