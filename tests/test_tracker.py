@@ -368,7 +368,7 @@ tracker.finish()
 def test_a_forked_child_writes_nothing(tmp_path):
     process = script(FORK, tmp_path)
     assert process.wait() == 0, process.stderr.read()
-    assert Run(tmp_path / "p/r").series("loss")[1].tolist() == [1.0, 3.0]
+    assert [record.data["loss"] for record in metrics(tmp_path / "p/r")] == [1.0, 3.0]
 
 
 def test_threads_write_whole_lines(tmp_path):
@@ -538,6 +538,9 @@ def test_wandb_has_everything(tmp_path, monkeypatch):
     times = {row["step"]: row["_timestamp"] for row in history if "loss" in row}
     assert times == {record.step: record.time for record in metrics(tracker.path) if "loss" in record.data}
     (file,) = tracker.path.rglob("*.wandb")
+    assert [(r.metric.glob_name, r.metric.step_metric) for r in wandb_records(file) if r.HasField("metric")] == [
+        ("*", "step")
+    ]
     settings = {u.key: u.value_json for r in wandb_records(file) for u in r.config.update}
     assert (settings["lr"], settings["api_key"]) == ("0.1", '"***"') and "torch" in settings["environment"]
     written = [path.read_bytes() for path in tracker.path.rglob("*") if path.is_file()]

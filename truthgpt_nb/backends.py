@@ -64,7 +64,7 @@ class Backend(ABC):
     ) -> None:
         "Write out what is held, and close."
 
-# %% ../nbs/api/13c_backends.ipynb #0872ac44
+# %% ../nbs/api/13c_backends.ipynb #86e3ea2d
 class TensorBoardBackend(Backend):
     "Writes event files for TensorBoard into the run's folder."
 
@@ -146,7 +146,8 @@ def _as_text(record: Record) -> str:
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
     table = Table(rows)
-    lines = [table.columns, ["---"] * len(table.columns), *([row.get(c) for c in table.columns] for row in rows)]
+    lines: list[list[Any]] = [table.columns, ["---"] * len(table.columns)]
+    lines += [[row.get(c) for c in table.columns] for row in rows]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 # %% ../nbs/api/13c_backends.ipynb #a0565d6f
