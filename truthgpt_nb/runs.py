@@ -230,7 +230,7 @@ def _whole_lines(file: int) -> int:
         end = start
     return 0
 
-# %% ../nbs/api/13b_runs.ipynb #e7f77ba9
+# %% ../nbs/api/13b_runs.ipynb #feeacacc
 def binned(
     values: Any,  # a tensor, an array or a list of numbers, of any shape
     bins: int = 64,  # how many, of equal width from the least to the greatest value
@@ -244,7 +244,7 @@ def binned(
     edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)
     places = ((finite - low) * (bins / (edges[-1] - low))).astype(np.int64)
     counts = np.bincount(np.minimum(places, bins - 1), minlength=bins)
-    about = {"min": low, "max": high, "sum": float(finite.sum()), "sum_squares": float(finite @ finite)}
+    about = {"min": low, "max": high, "sum": float(finite.sum()), "sum_squares": float(np.square(finite).sum())}
     about |= {"count": int(finite.size), "nonfinite": int(flat.size - finite.size)}
     return {"counts": counts.tolist(), "edges": edges.tolist()} | about
 
