@@ -26,9 +26,12 @@ _modules = {
     "generation_trial": "optimization",
     "ModelProfiler": "profiler",
     "write_file": "jobs",
+    "load_runs": "runs",
+    "compare_runs": "runs",
     "generate_dataset": "scale",
     "read_generated": "scale",
     "TextGenerator": "text",
+    "ExperimentTracker": "tracker",
     "TextPanel": "widgets",
     "ProfilePanel": "widgets",
 }
