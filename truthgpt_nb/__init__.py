@@ -13,6 +13,7 @@ _modules = {
     "GenerationConfig": "configs",
     "InferenceConfig": "configs",
     "EvidenceConfig": "configs",
+    "TrainingConfig": "configs",
     "Tolerance": "configs",
     "TruthGPTError": "core",
     "RecordSource": "data",
@@ -21,6 +22,7 @@ _modules = {
     "InferenceEngine": "engine",
     "compare": "evidence",
     "DataLoaderBuilder": "loader",
+    "ModelManager": "manager",
     "load_text_model": "models",
     "PerformanceOptimizer": "optimization",
     "generation_trial": "optimization",
@@ -32,6 +34,7 @@ _modules = {
     "read_generated": "scale",
     "TextGenerator": "text",
     "ExperimentTracker": "tracker",
+    "Trainer": "trainer",
     "TextPanel": "widgets",
     "ProfilePanel": "widgets",
 }
