@@ -399,6 +399,7 @@ class Trainer:
     def fit(
         self,
         resume: bool = True,  # whether to go on from the last checkpoint in the folder
+        progress: bool = True,  # whether to show a bar
     ) -> TrainingReport:  # shows itself as a table
         "Train to the end, or until something ends it."
         if resume and self.checkpoints is not None:
@@ -407,7 +408,7 @@ class Trainer:
         self.model.train()
         self._tell("start")
         saved = self.step
-        with stoppable() as request, self._bar() as bar:
+        with stoppable() as request, self._bar(progress) as bar:
             windows, self._clock = self._windows(), time.perf_counter()
             while self.step < self.total and self.stop is None:
                 window = next(windows)
@@ -552,8 +553,8 @@ class Trainer:
         for callback in self.callbacks:
             callback(self, what)
 
-    def _bar(self) -> Any:
-        return tqdm(total=self.total, initial=self.step, unit="step", disable=None if self.processes.main else True)
+    def _bar(self, shown: bool) -> Any:
+        return tqdm(total=self.total, initial=self.step, unit="step", disable=not (shown and self.processes.main))
 
     def _show(self, bar: Any) -> None:
         last = self.steps[-1]
