@@ -1,10 +1,12 @@
 """The calls of the original system, as they were written there, on the embedded models."""
 
+import torch
 from torch import nn
 
 from truthgpt_nb.models import load_text_model
 from truthgpt_nb.optimization import PerformanceOptimizer
 from truthgpt_nb.text import TextGenerator
+from truthgpt_nb.tracker import ExperimentTracker
 
 
 def test_text_generator(tmp_path):
@@ -23,3 +25,16 @@ def test_performance_optimizer():
     )
     assert isinstance(optimized, nn.Module)
     assert optimized is not model
+
+
+def test_experiment_tracker(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = ExperimentTracker(trackers=["wandb", "tensorboard"], project="truthgpt", run_name="experiment")
+    tracker.log({"loss": 0.5, "accuracy": 0.9}, step=1)
+    tracker.log_histogram("weights", torch.randn(100), step=1)
+    tracker.finish()
+    with ExperimentTracker(trackers=["tensorboard"], project="truthgpt", run_name="another") as tracker:
+        tracker.log({"loss": 0.5})
+    assert (tmp_path / "runs/truthgpt/experiment/record.jsonl").read_text().count("metrics") == 1
+    assert len(list(tmp_path.rglob("*.tfevents.*"))) == 2 and len(list(tmp_path.rglob("*.wandb"))) == 1

@@ -273,6 +273,47 @@ def _profile(
     _tell(found.to_json() + "\n" if as_json else "\n\n".join(map(repr, shown)) + "\n")
 
 
+@_app.command("runs")
+def _runs(
+    run: list[str] = typer.Argument(None, help="put these side by side [default: list all]"),
+    folder: Path = typer.Option(Path("runs"), "--folder", help="where runs are kept"),
+    project: str | None = typer.Option(None, help="only those of one project"),
+    metric: list[str] = typer.Option(None, "--metric", help="what to compare; may be given several times"),
+    figure: Path | None = typer.Option(None, "--figure", help="where to draw that, such as runs.png"),
+    refill: str | None = typer.Option(None, "--refill", help="send a run to tensorboard, wandb, mlflow or aim"),
+    as_json: bool = _JSON,
+) -> None:
+    "List the runs that were tracked, put some side by side, or send them to a tracker later."
+    from truthgpt_nb.runs import compare_runs, find_runs
+
+    found: Any = find_runs(folder, project)
+    chosen = [found[name] for name in run or []]
+    if refill:
+        return _refill(chosen, refill)
+    if chosen or metric or figure:
+        found = compare_runs(chosen or list(found), metric or None)
+    if figure:
+        _save_figure(found, figure)
+    _tell(json.dumps(found.to_dict(), indent=2, default=str) + "\n" if as_json else f"{found!r}\n")
+    return None
+
+
+def _refill(runs: list[Any], tracker: str) -> None:
+    from truthgpt_nb.tracker import refill
+
+    if not runs:
+        raise InputError("run", "must be named", "none", "Type the run to send: truthgpt runs NAME --refill wandb.")
+    for run in runs:
+        _tell(f"{refill(run, tracker)!r}\n")
+
+
+def _save_figure(compared: Any, path: Path) -> None:
+    try:
+        compared.figure().savefig(path)
+    except (OSError, ValueError) as error:
+        raise InputError("--figure", "must be a file for a figure", str(path), f"{error}.") from None
+
+
 @_app.command("doctor")
 def _doctor(as_json: bool = _JSON) -> None:
     "Show what this machine can do, and why not where it cannot."
@@ -352,6 +393,10 @@ _FLAGS = {
     "prompt[0]": "PROMPT",
     "source": "--input",
     "target": "--output",
+    "run": "RUN",
+    "folder": "--folder",
+    "metrics": "--metric",
+    "trackers": "--refill",
 } | {
     name: f"--{name.replace('_', '-')}"
     for config in (

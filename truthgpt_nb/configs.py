@@ -19,7 +19,7 @@ from .core import ConfigError, Table, TruthGPTError, nearest
 # %% auto #0
 __all__ = ['T', 'config', 'to_dict', 'from_dict', 'to_json', 'from_json', 'to_toml', 'from_toml', 'schema', 'describe', 'updated',
            'ModelConfig', 'GenerationConfig', 'InferenceConfig', 'CacheConfig', 'EvidenceConfig', 'Tolerance',
-           'OptimizationConfig', 'ProfileConfig']
+           'OptimizationConfig', 'ProfileConfig', 'TrainingConfig']
 
 # %% ../nbs/api/01_configs.ipynb #b0b38ff4
 T = TypeVar("T")
@@ -190,8 +190,11 @@ class ModelConfig:
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="where the model runs: auto, cpu, mps, cuda or cuda:N",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?|spread)$",
+        description="where the model runs: auto, cpu, mps, cuda, cuda:N, or spread over all GPUs and the CPU",
+    )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        default="none", description="whether linear layers keep their weights in fewer bits (torchao)"
     )
     allow_pickle: bool = Field(default=False, description="whether weights that are stored as a pickle may be opened")
     trust_remote_code: bool = Field(default=False, description="whether Python files that come with the model may run")
@@ -356,3 +359,48 @@ class ProfileConfig:
     warmup: int = Field(default=1, ge=0, le=100, description="calls before the recorded one")
     memory: bool = Field(default=True, description="whether to record allocations")
     shapes: bool = Field(default=False, description="whether to record input shapes; slows the recorded run down")
+
+# %% ../nbs/api/01_configs.ipynb #7a11c002
+@config
+class TrainingConfig:
+    "How a model is trained."
+
+    steps: int | None = Field(default=None, ge=1, description="how many updates; by the epochs when not given")
+    epochs: int = Field(default=1, ge=1, description="how often the data is gone through, when steps is not given")
+    accumulate: int = Field(default=1, ge=1, description="how many batches make up one update")
+    learning_rate: float = Field(default=3e-4, gt=0, description="the highest, after the warm-up")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        default="cosine", description="how it falls; wsd stays level until the last part"
+    )
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the updates in which it rises")
+    decay: float = Field(default=0.2, gt=0, le=1, description="share of the updates in which it falls, for wsd")
+    final_rate: float = Field(default=0.1, ge=0, le=1, description="share of the learning rate at the end")
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices; vectors get none")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW: how slowly its averages move")
+    clip: float = Field(default=1.0, ge=0, description="the largest gradient norm; longer ones are scaled; 0 for any")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        default="float32", description="of the products while training; weights and optimizer stay as they are"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="whether to compute activations again instead of keeping them"
+    )
+    compile: bool = Field(default=False, description="whether torch.compile works on each layer")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="decay of an average of the weights, which is then what is evaluated"
+    )
+    evaluate_every: int | None = Field(default=None, ge=1, description="updates between evaluations; one at the end")
+    save_every: int | None = Field(default=None, ge=1, description="updates between checkpoints; one at the end")
+    keep_last: int = Field(default=2, ge=1, description="how many checkpoints to keep, beside the best")
+    patience: int | None = Field(default=None, ge=1, description="evaluations without a gain after which a run ends")
+    on_bad_gradients: Literal["skip", "roll back", "stop"] = Field(
+        default="skip", description="what to do when gradients are not finite, or a spike"
+    )
+    spike: float | None = Field(
+        default=None, gt=1, description="how many times the median gradient norm counts as a spike; none: no norm does"
+    )
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and self.evaluate_every is None:
+            raise ConfigError("patience", "counts evaluations", self.patience, "Set evaluate_every too.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("betas", "must be at least 0 and below 1", self.betas, "Pass (0.9, 0.95).")

@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import Any
 
 # %% auto #0
-__all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'EngineError', 'RemoteError',
-           'DependencyError', 'nearest', 'unknown_name', 'require', 'format_seconds', 'format_bytes', 'format_ratio',
-           'Table', 'subplots', 'write_whole', 'file_digest', 'user_cache_dir']
+__all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'CheckpointError', 'EngineError',
+           'RemoteError', 'DependencyError', 'nearest', 'unknown_name', 'require', 'format_seconds', 'format_bytes',
+           'format_ratio', 'Table', 'subplots', 'write_whole', 'file_digest', 'user_cache_dir']
 
 # %% ../nbs/api/00_core.ipynb #8d4e13f0
 class TruthGPTError(Exception):
@@ -59,6 +59,10 @@ class ModelError(TruthGPTError, RuntimeError):
 
 class CacheError(TruthGPTError, RuntimeError):
     "The cache folder or its database cannot be used."
+
+
+class CheckpointError(TruthGPTError, RuntimeError):
+    "A checkpoint cannot be written, is broken, or does not fit the run."
 
 
 class EngineError(TruthGPTError, RuntimeError):

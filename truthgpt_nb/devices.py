@@ -20,18 +20,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 
 from . import __version__
-from .core import InputError, Table, format_bytes, user_cache_dir
+from .core import InputError, Table, format_bytes, unknown_name, user_cache_dir
 
 # %% auto #0
-__all__ = ['pick_device', 'pick_dtype', 'synchronize', 'device_of', 'seeded', 'evaluating', 'threads', 'model_lock',
-           'environment', 'package_version', 'available_memory', 'memory_bandwidth', 'Capability', 'Doctor', 'doctor',
-           'bfloat16_is_native', 'compiler_problem']
+__all__ = ['pick_device', 'pick_dtype', 'synchronize', 'device_of', 'seeded', 'evaluating', 'threads', 'torch_settings',
+           'in_channels_last', 'model_lock', 'environment', 'package_version', 'available_memory', 'held_memory',
+           'memory_bandwidth', 'Capability', 'Doctor', 'doctor', 'bfloat16_is_native', 'compiler_problem']
 
 # %% ../nbs/api/02_devices.ipynb #66729f5f
 def pick_device(
@@ -138,6 +139,53 @@ def threads(
     finally:
         torch.set_num_threads(before)
 
+
+@contextmanager
+def torch_settings(
+    matmul_precision: Literal["highest", "high", "medium"] | None = None,  # of float32 products; high allows TF32
+    cudnn_benchmark: bool | None = None,  # whether cuDNN tries its algorithms on each new shape
+    cudnn_tf32: bool | None = None,  # whether convolutions may use TF32
+) -> Iterator[None]:
+    "Other settings of torch inside the block; None leaves one as it is."
+    known = ("highest", "high", "medium")
+    if matmul_precision not in (None, *known):
+        raise InputError(
+            "matmul_precision", "must be one of three", matmul_precision, unknown_name(matmul_precision, known)
+        )
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
+    try:
+        _set_torch(matmul_precision, cudnn_benchmark, cudnn_tf32)
+        yield
+    finally:
+        _set_torch(*before)
+
+
+def _set_torch(matmul_precision: str | None, benchmark: bool | None, tf32: bool | None) -> None:
+    if matmul_precision is not None:
+        torch.set_float32_matmul_precision(matmul_precision)
+    if benchmark is not None:
+        torch.backends.cudnn.benchmark = benchmark
+    if tf32 is not None:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def in_channels_last(
+    *models: torch.nn.Module,  # whose 4-d parameters and buffers are laid out with channels last
+) -> Iterator[None]:
+    "Channels last inside the block; each tensor's own layout is put back after it, with what it holds by then."
+    tensors = [t for model in models for t in (*model.parameters(), *model.buffers()) if t.ndim == 4]
+    before = [t.is_contiguous() for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for tensor, contiguous in zip(tensors, before, strict=True):
+            if contiguous:
+                tensor.data = tensor.data.contiguous()
+
 # %% ../nbs/api/02_devices.ipynb #0beeb3d3
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -209,6 +257,11 @@ def available_memory(
             return int(lines["MemAvailable"].split()[0]) * 1024
     return (_memory_bytes() or 2**32) // 2
 
+
+def held_memory() -> int:  # bytes
+    "How much memory this process holds, as the system sees it (the resident set)."
+    return psutil.Process().memory_info().rss
+
 # %% ../nbs/api/02_devices.ipynb #3b091cb5
 @cache
 def memory_bandwidth(
@@ -273,7 +326,19 @@ class Doctor:
 
 def doctor() -> Doctor:  # shows itself as a table
     "Find out what this machine can do."
-    checks = (_cuda, _mps, _bfloat16, _int8, _compiler, _sdpa_flash, _xformers, _torchao, _gguf, _cache_folder)
+    checks = (
+        _cuda,
+        _mps,
+        _bfloat16,
+        _int8,
+        _compiler,
+        _sdpa_flash,
+        _xformers,
+        _torchao,
+        _gguf,
+        _cache_folder,
+        _settings,
+    )
     return Doctor([check() for check in checks], environment())
 
 
@@ -370,3 +435,14 @@ def _cache_folder() -> Capability:
     free = format_bytes(shutil.disk_usage(existing).free)
     writable = os.access(existing, os.W_OK) and existing.is_dir()
     return Capability("cache folder", writable, f"{free} free" if writable else "not a folder that can be written to")
+
+
+def _settings() -> Capability:
+    cudnn = torch.backends.cudnn
+    parts = [f"{torch.get_num_threads()} threads", f"float32 products {torch.get_float32_matmul_precision()}"]
+    if torch.cuda.is_available():
+        parts += [
+            f"cuDNN benchmark {'on' if cudnn.benchmark else 'off'}",
+            f"TF32 in convolutions {'on' if cudnn.allow_tf32 else 'off'}",
+        ]
+    return Capability("settings", True, ", ".join(parts))

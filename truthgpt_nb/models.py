@@ -43,8 +43,8 @@ from truthgpt_nb.core import (
 from .devices import device_of, package_version, pick_device, pick_dtype
 
 # %% auto #0
-__all__ = ['Source', 'count_parameters', 'parameter_bytes', 'context_length', 'TextModel', 'embedded_models', 'locate_model',
-           'convert_gguf', 'load_text_model', 'as_text_model']
+__all__ = ['quiet_loading', 'Source', 'count_parameters', 'parameter_bytes', 'context_length', 'TextModel', 'embedded_models',
+           'locate_model', 'convert_gguf', 'load_text_model', 'as_text_model']
 
 # %% ../nbs/api/06_models.ipynb #521c1ffc
 class _WithoutReport(logging.Filter):
@@ -53,7 +53,8 @@ class _WithoutReport(logging.Filter):
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
+    "transformers' progress bars and its report of missing tensors off inside the block."
     from transformers.utils import logging as transformers_logging
 
     noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]  # while transformers imports them
@@ -97,7 +98,19 @@ def parameter_bytes(
     model: torch.nn.Module,  # any module
 ) -> int:  # bytes; a shared weight counts once
     "How much memory the parameters of a model take."
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return sum(_tensor_bytes(parameter) for parameter in model.parameters())
+
+
+def _tensor_bytes(tensor: Any) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+def _quantized_layers(model: torch.nn.Module) -> tuple[int, int]:
+    "How many linear layers keep their weights in fewer bits, and how many there are."
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(hasattr(layer.weight, "__tensor_flatten__") for layer in linear), len(linear)
 
 # %% ../nbs/api/06_models.ipynb #145ae4f9
 _context_names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
@@ -128,6 +141,7 @@ class TextModel:
             "parameters": count_parameters(self.model),
             "bytes": parameter_bytes(self.model),
             "dtype": str(_dtype_of(self.model)).removeprefix("torch."),
+            "quantized": _quantized_layers(self.model)[0],
             "device": str(device_of(self.model)),
             "context_length": context_length(self.model),
         }
@@ -137,6 +151,8 @@ class TextModel:
         facts = self.to_dict() | {"from": _describe_source(self.source)}
         facts |= {"parameters": f"{facts['parameters']:,}", "bytes": format_bytes(facts["bytes"])}
         facts["context length"] = facts["context_length"] and f"{facts['context_length']:,} tokens"
+        if facts["quantized"]:
+            facts["dtype"] += ", in fewer bits {} of {} linear layers".format(*_quantized_layers(self.model))
         if facts["dtype"] == "float16" and facts["device"] == "cpu":
             facts["note"] = "half precision is slow on a CPU: bfloat16 or float32 is the better choice"
         shown = ("from", "class", "parameters", "bytes", "dtype", "device", "context length", "note")
@@ -390,12 +406,13 @@ def _some(names: list[str]) -> str:
 
 # %% ../nbs/api/06_models.ipynb #d760f348
 def _load_folder(folder: Path, settings: ModelConfig, source: Source) -> TextModel:
-    device = pick_device(settings.device)
+    device = pick_device("auto" if settings.device == "spread" else settings.device)
+    quantized = _quantization(settings, device)
     dtype = pick_dtype(settings.dtype, device)
     _check_folder(folder, settings)
-    with _quiet_loading():
+    with quiet_loading():
         tokenizer = _load_tokenizer(folder, settings)
-        model = _load_weights(folder, dtype, device, settings)
+        model = _load_weights(folder, dtype, device, settings, quantized)
     _make_padding(tokenizer, model)
     _check_vocabulary(tokenizer, model)
     return TextModel(model, tokenizer, source)
@@ -412,11 +429,27 @@ def _load_tokenizer(folder: Path, settings: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(folder, **_trust(settings))
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, device: torch.device, settings: ModelConfig) -> Any:
+def _quantization(settings: ModelConfig, device: torch.device) -> dict[str, Any]:
+    "What transformers is to be told about fewer bits."
+    if settings.quantization == "none":
+        return {}
+    torchao = require("torchao.quantization", "quant", "to keep weights in fewer bits")
+    if settings.quantization == "int4" and device.type != "cuda":
+        step = "Pass quantization='int8', or device='cuda' where there is one."
+        raise ModelError("quantization", "must be int8 without CUDA, which int4 has its kernels for", "int4", step)
+    from transformers import TorchAoConfig
+
+    kinds = {"int8": torchao.Int8WeightOnlyConfig, "int4": torchao.Int4WeightOnlyConfig}
+    return {"quantization_config": TorchAoConfig(kinds[settings.quantization]())}
+
+
+def _load_weights(
+    folder: Path, dtype: torch.dtype, device: torch.device, settings: ModelConfig, quantized: dict[str, Any]
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    place = None if device.type == "cpu" else {"": device}
+    place = "auto" if settings.device == "spread" else None if device.type == "cpu" else {"": device}
     with _refusing(f"the model in {folder}", "must load", "Check its config.json, or download it again."):
         model, found = load(
             folder,
@@ -426,6 +459,7 @@ def _load_weights(folder: Path, dtype: torch.dtype, device: torch.device, settin
             weights_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **quantized,
             **_trust(settings),
         )
     _check_complete(folder, found)
@@ -557,7 +591,7 @@ def _unpack(path: Path, folder: Path) -> None:
     with tqdm(total=len(steps), desc=f"Converting {path.name}, once", leave=False, file=sys.stderr) as bar:
         for name, unpack in steps.items():
             bar.set_postfix_str(name)
-            with _refusing(str(path), "must be a GGUF file that transformers can read", step), _quiet_loading():
+            with _refusing(str(path), "must be a GGUF file that transformers can read", step), quiet_loading():
                 unpack(path, folder)
             bar.update()
 
@@ -591,8 +625,9 @@ def _unpack_weights(path: Path, folder: Path) -> None:
 def load_text_model(
     name_or_path: str | Path = "tiny-english",  # an embedded model's name, a folder, a .gguf file or a hub id
     dtype: str | torch.dtype = "auto",  # auto, float32, bfloat16 or float16; auto is float32 on a CPU
-    device: str | torch.device = "auto",  # auto, cpu, mps, cuda or cuda:N
+    device: str | torch.device = "auto",  # auto, cpu, mps, cuda, cuda:N, or spread over all GPUs and the CPU
     *,
+    quantization: Literal["none", "int8", "int4"] = "none",  # weights of linear layers in fewer bits, by torchao
     allow_pickle: bool = False,  # whether weights that are stored as a pickle may be opened
     trust_remote_code: bool = False,  # whether Python files that come with the model may run
 ) -> TextModel:  # in eval mode, on its device, with a tokenizer that pads on the left
@@ -601,6 +636,7 @@ def load_text_model(
         name_or_path=str(name_or_path) if isinstance(name_or_path, Path) else name_or_path,
         dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,  # type: ignore[arg-type]
         device=str(device) if isinstance(device, torch.device) else device,
+        quantization=quantization,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
