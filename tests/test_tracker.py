@@ -25,7 +25,17 @@ from hypothesis import strategies as st
 from truthgpt_nb import tracker as module
 from truthgpt_nb.backends import About, Backend, WandbBackend, _has_wandb_key
 from truthgpt_nb.core import DependencyError, InputError, RemoteError
-from truthgpt_nb.runs import Record, RecordFile, Run, binned, find_runs, masked, read_records, run_lock, without_secrets
+from truthgpt_nb.runs import (
+    RecordFile,
+    Run,
+    RunRecord,
+    binned,
+    find_runs,
+    masked,
+    read_records,
+    run_lock,
+    without_secrets,
+)
 from truthgpt_nb.tracker import ExperimentTracker, TrackerWarning, refill
 
 REPOSITORY = Path(__file__).parents[1]
@@ -98,11 +108,11 @@ def test_random_failures_lose_nothing_and_keep_the_order(tmp_path, seed):
     for step in range(100):
         tracker.log({"loss": step})
     (report, texts) = caught(tracker.finish)
-    steps = [record.step for record in backend.taken if isinstance(record, Record) and record.kind == "metrics"]
+    steps = [record.step for record in backend.taken if isinstance(record, RunRecord) and record.kind == "metrics"]
     assert steps == sorted(set(steps))
     left_out = tracker._feeds[0].left_out
     assert (
-        len([r for r in backend.taken if isinstance(r, Record)]) + left_out == 104
+        len([r for r in backend.taken if isinstance(r, RunRecord)]) + left_out == 104
     )  # a status at each end, two configs
     assert len(texts) == (left_out > 0)
     assert report.rows[1]["state"] == "finished"
@@ -120,7 +130,7 @@ def test_a_record_that_is_always_refused_is_left_out_alone(tmp_path):
     for step in range(5):
         tracker.log({"loss": step, "sample": "text"})
     report, texts = caught(tracker.finish)
-    assert len([r for r in backend.taken if isinstance(r, Record) and r.kind == "metrics"]) == 5
+    assert len([r for r in backend.taken if isinstance(r, RunRecord) and r.kind == "metrics"]) == 5
     assert (report.rows[1]["state"], len(texts)) == ("finished", 1) and "did not take 5 records" in texts[0]
 
 
@@ -143,7 +153,7 @@ def test_three_refusals_in_a_row_set_a_backend_aside_and_refill_goes_on_from_the
         refill(tracker.path, backend)
     there["working"] = True
     refill(tracker.path, backend)
-    steps = [r.step for r in backend.taken if isinstance(r, Record) and r.kind == "metrics"]
+    steps = [r.step for r in backend.taken if isinstance(r, RunRecord) and r.kind == "metrics"]
     assert steps == list(range(20))
 
 
@@ -167,7 +177,7 @@ def test_a_service_that_is_away_at_the_end_gets_the_end_later(tmp_path):
     assert report.rows[1]["state"] == "set aside" and len(texts) == 1
     there["working"] = True
     assert refill(tracker.path, backend).rows[0]["sent now"] == 2
-    assert [r.step for r in backend.taken if isinstance(r, Record) and r.kind == "metrics"] == list(range(5))
+    assert [r.step for r in backend.taken if isinstance(r, RunRecord) and r.kind == "metrics"] == list(range(5))
 
 
 def test_a_call_that_hangs_holds_up_neither_the_loop_nor_the_end(tmp_path):
@@ -681,7 +691,7 @@ def test_a_line_is_one_line_of_strict_json_and_reads_back(tmp_path_factory, numb
         raise AssertionError(f"{constant} is not JSON")
 
     path = tmp_path_factory.mktemp("line") / "record.jsonl"
-    lines = [Record("metrics", "", 3, 1.5, numbers).line(), Record("text", text, 4, 2.5, {"text": text}).line()]
+    lines = [RunRecord("metrics", "", 3, 1.5, numbers).line(), RunRecord("text", text, 4, 2.5, {"text": text}).line()]
     assert all(line.count(b"\n") == 1 and json.loads(line, parse_constant=refuse) for line in lines)
     path.write_bytes(b"".join(lines))
     (first, middle), (second, end) = read_records(path)

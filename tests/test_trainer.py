@@ -306,6 +306,13 @@ def test_a_run_that_is_done_stays_done(tmp_path):
     assert torch.equal(weights(first), weights(again))
 
 
+def test_other_settings_are_named_when_a_run_goes_on(tmp_path):
+    Trainer(model(), Data(), steps=3, folder=tmp_path, learning_rate=1e-3).fit()
+    with pytest.warns(UserWarning, match=r"goes on with other settings: steps 3 → 5, learning_rate 0\.001 → 0\.002"):
+        report = Trainer(model(), Data(), steps=5, folder=tmp_path, learning_rate=2e-3).fit()
+    assert len(report.steps) == 5
+
+
 def test_epochs_count_windows_that_are_not_full():
     trainer = Trainer(model(), Data(batches=7), epochs=2, accumulate=3)
     assert trainer.total == 6

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .core import DependencyError, InputError, Table, unknown_name
-from .runs import Record, flat
+from .runs import RunRecord, flat
 
 # %% auto #0
 __all__ = ['About', 'Backend', 'TensorBoardBackend', 'WandbBackend', 'MLflowBackend', 'AimBackend', 'backend_named']
@@ -53,7 +53,7 @@ class Backend(ABC):
     @abstractmethod
     def send(
         self,
-        record: Record,  # one line of the local record
+        record: RunRecord,  # one line of the local record
     ) -> None:
         "Hand one record on."
 
@@ -81,7 +81,7 @@ class TensorBoardBackend(Backend):
 
     def send(
         self,
-        record: Record,  # one line of the local record
+        record: RunRecord,  # one line of the local record
     ) -> None:
         "Write a record as an event."
         from tensorboard.compat.proto.event_pb2 import Event
@@ -119,7 +119,7 @@ class TensorBoardBackend(Backend):
             for part in parts:
                 self._add(record, part)
 
-    def _add(self, record: Record, summary: Any) -> None:
+    def _add(self, record: RunRecord, summary: Any) -> None:
         self.writer.add_summary(summary, record.step, record.time)
 
     def finish(
@@ -130,7 +130,7 @@ class TensorBoardBackend(Backend):
         self.writer.close()
 
 
-def _as_text(record: Record) -> str:
+def _as_text(record: RunRecord) -> str:
     "What has no form of its own in a tracker, as Markdown; empty for what is not shown."
     data = record.data
     if record.kind == "text":
@@ -189,7 +189,7 @@ class WandbBackend(Backend):
 
     def send(
         self,
-        record: Record,  # one line of the local record
+        record: RunRecord,  # one line of the local record
     ) -> None:
         "Log a record."
         if record.kind == "config":
@@ -203,7 +203,7 @@ class WandbBackend(Backend):
         elif values := self._values(record):
             self.run.log({**values, "step": record.step, "_timestamp": record.time})
 
-    def _values(self, record: Record) -> dict[str, Any]:
+    def _values(self, record: RunRecord) -> dict[str, Any]:
         name, data, wandb = record.name, record.data, self.wandb
         if record.kind in ("metrics", "system"):
             return data
@@ -277,7 +277,7 @@ class MLflowBackend(Backend):
 
     def send(
         self,
-        record: Record,  # one line of the local record
+        record: RunRecord,  # one line of the local record
     ) -> None:
         "Log a record."
         name, data, milliseconds = _mlflow_name(record.name), record.data, int(record.time * 1000)
@@ -330,7 +330,7 @@ class AimBackend(Backend):
 
     def send(
         self,
-        record: Record,  # one line of the local record
+        record: RunRecord,  # one line of the local record
     ) -> None:
         "Track a record."
         if record.kind == "config":
@@ -338,7 +338,7 @@ class AimBackend(Backend):
         for name, value in self._values(record).items():
             self.run.track(value, name=name, step=record.step)
 
-    def _values(self, record: Record) -> dict[str, Any]:
+    def _values(self, record: RunRecord) -> dict[str, Any]:
         name, data, aim = record.name, record.data, self.aim
         if record.kind in ("metrics", "system"):
             return data

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from .core import InputError, Table, format_seconds, require, subplots, unknown_name
 
 # %% auto #0
-__all__ = ['HIDDEN', 'masked', 'without_secrets', 'number_of', 'Record', 'read_records', 'RecordFile', 'binned', 'png_bytes',
+__all__ = ['HIDDEN', 'masked', 'without_secrets', 'number_of', 'RunRecord', 'read_records', 'RecordFile', 'binned', 'png_bytes',
            'wav_bytes', 'table_rows', 'Run', 'run_lock', 'is_in_use', 'Runs', 'find_runs', 'load_runs', 'flat',
            'RunComparison', 'compare_runs']
 
@@ -116,7 +116,7 @@ def number_of(
 
 # %% ../nbs/api/13b_runs.ipynb #028ba5fe
 @dataclass(slots=True)
-class Record:
+class RunRecord:
     "One thing that was logged."
 
     kind: str  # metrics, system, text, histogram, image, audio, table, graph, file, config or status
@@ -150,7 +150,7 @@ def _spelled(data: Any) -> Any:
 def read_records(
     path: str | os.PathLike[str],  # a record.jsonl
     offset: int = 0,  # where to begin, in bytes: 0, or what came with a record
-) -> Iterator[tuple[Record, int]]:  # each record, and where the one after it begins
+) -> Iterator[tuple[RunRecord, int]]:  # each record, and where the one after it begins
     "Read the whole lines of a record that is, or was, being written."
     with open(path, "rb") as file:
         file.seek(offset)
@@ -159,7 +159,7 @@ def read_records(
                 return
             offset += len(line)
             try:
-                record = Record(**json.loads(line))
+                record = RunRecord(**json.loads(line))
             except (ValueError, TypeError):  # damaged: the others are still good
                 continue
             if record.kind in ("metrics", "system"):
@@ -349,7 +349,7 @@ class Run:
     def records(
         self,
         kind: str | None = None,  # only these; all when not given
-    ) -> Iterator[Record]:  # in the order in which they were written
+    ) -> Iterator[RunRecord]:  # in the order in which they were written
         "What was logged."
         return (r for r, _ in read_records(self.path / "record.jsonl") if kind in (None, r.kind))
 

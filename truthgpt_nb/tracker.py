@@ -31,9 +31,9 @@ from .backends import About, Backend, backend_named
 from .core import InputError, RemoteError, Table, write_whole
 from .devices import environment
 from truthgpt_nb.runs import (
-    Record,
     RecordFile,
     Run,
+    RunRecord,
     binned,
     flat,
     masked,
@@ -181,7 +181,7 @@ class _Feed:
             self.wake.wait(_POLL)
             begun = time.monotonic()
 
-    def _send(self, backend: Backend, record: Record) -> bool:
+    def _send(self, backend: Backend, record: RunRecord) -> bool:
         try:
             self._call(backend.send, record)
         except (Exception, SystemExit) as error:
@@ -366,7 +366,7 @@ class ExperimentTracker:
 
     def _write(self, kind: str, name: str, data: Any, step: int | None = None) -> None:
         with self._lock:
-            self._file.append(Record(kind, name, self.step if step is None else step, time.time(), data).line())
+            self._file.append(RunRecord(kind, name, self.step if step is None else step, time.time(), data).line())
 
     def _warn_once(self, subject: str, error: Exception) -> None:
         if subject not in self._warned and len(self._warned) < 1000:

@@ -30,25 +30,24 @@ from .core import ConfigError, InputError, Table, subplots
 from .devices import device_of, evaluating, seeded
 
 # %% auto #0
-__all__ = ['Batch', 'next_token', 'Callback', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share',
-           'parameter_groups', 'Step', 'Evaluation', 'TrainingReport', 'evaluate', 'on_device', 'StopRequest',
-           'stoppable', 'Guard', 'Trainer']
+__all__ = ['next_token', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share', 'parameter_groups', 'TrainingStep',
+           'Evaluation', 'TrainingReport', 'evaluate', 'on_device', 'StopRequest', 'stoppable', 'Guard', 'Trainer']
 
 # %% ../nbs/api/16_trainer.ipynb #8edb17f3
-Batch = dict[str, Any]
+_Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Objective:
     "What training makes small."
 
-    loss: Callable[[Any, Batch], torch.Tensor]  # model, batch → the sum of the losses
-    count: Callable[[Batch], int]  # batch → how many losses that sum is of
+    loss: Callable[[Any, _Batch], torch.Tensor]  # model, batch → the sum of the losses
+    count: Callable[[_Batch], int]  # batch → how many losses that sum is of
 
 
 def next_token_loss(
     model: Any,  # a transformers causal language model
-    batch: Batch,  # input_ids, labels, and what else the model takes: batch × tokens each
+    batch: _Batch,  # input_ids, labels, and what else the model takes: batch × tokens each
 ) -> torch.Tensor:  # the sum over all tokens that have a label, in nats
     "The cross-entropy of each next token, added up."
     inputs = {name: value for name, value in batch.items() if name in _INPUTS}
@@ -58,7 +57,7 @@ def next_token_loss(
 
 
 def next_token_count(
-    batch: Batch,  # with labels: batch × tokens
+    batch: _Batch,  # with labels: batch × tokens
 ) -> int:  # how many tokens have a label and something before them
     "How many losses `next_token_loss` adds up."
     return int((batch["labels"][:, 1:] != -100).sum())
@@ -98,7 +97,7 @@ def parameter_groups(
 
 # %% ../nbs/api/16_trainer.ipynb #ee398f35
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     "One update."
 
     step: int  # its number, from 1 on
@@ -128,7 +127,7 @@ class Evaluation:
 class TrainingReport:
     "What a run did."
 
-    steps: list[Step]  # those of all sessions of the run
+    steps: list[TrainingStep]  # those of all sessions of the run
     evaluations: list[Evaluation]  # of the text that is not trained on
     ended: str  # why it ended: done, stopped, no gain, or bad gradients
     folder: str | None  # where its checkpoints are
@@ -180,7 +179,7 @@ class TrainingReport:
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,  # any module that the objective takes
-    batches: Iterable[Batch],  # read once, from its beginning
+    batches: Iterable[_Batch],  # read once, from its beginning
     objective: Objective = next_token,  # what to measure
     step: int = 0,  # for the record
 ) -> Evaluation:  # mean loss over all items
@@ -196,9 +195,9 @@ def evaluate(
 
 
 def on_device(
-    batch: Batch,  # tensors, and perhaps other things
+    batch: _Batch,  # tensors, and perhaps other things
     device: torch.device,  # where to
-) -> Batch:  # the same with its tensors there
+) -> _Batch:  # the same with its tensors there
     "Move a batch."
     return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
 
@@ -259,7 +258,7 @@ class Guard:
         self.in_a_row = self.in_a_row + 1 if found else 0
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:  # a tree for a checkpoint
         "What a checkpoint keeps of it."
         return {"norms": list(self.norms), "in_a_row": self.in_a_row}
 
@@ -347,7 +346,7 @@ def _accelerator_if_many() -> Any:
     return Accelerator()
 
 # %% ../nbs/api/16_trainer.ipynb #9cfa7e86
-Callback = Callable[["Trainer", str], None]
+_Callback = Callable[["Trainer", str], None]
 _MOST_IN_A_ROW = 10  # updates that may be held back one after the other
 
 
@@ -357,13 +356,13 @@ class Trainer:
     def __init__(
         self,
         model: torch.nn.Module,  # what to train, on its device
-        batches: Iterable[Batch],  # each time it is read, the batches of the next epoch; with a state, to be resumed
+        batches: Iterable[_Batch],  # each time it is read, the batches of the next epoch; with a state, to be resumed
         config: TrainingConfig | None = None,  # how to train; the settings below change single ones
         *,
         folder: str | Path | None = None,  # where checkpoints are; none are written when not given
-        validation: Iterable[Batch] | None = None,  # batches that are not trained on
+        validation: Iterable[_Batch] | None = None,  # batches that are not trained on
         objective: Objective = next_token,  # what to make small
-        callbacks: Sequence[Callback] = (),  # called with the trainer and what happened
+        callbacks: Sequence[_Callback] = (),  # called with the trainer and what happened
         optimizer: torch.optim.Optimizer | None = None,  # fused AdamW when not given
         accelerator: Any = None,  # an accelerate.Accelerator; made when there are several processes
         **settings: Any,  # settings of TrainingConfig, such as steps or learning_rate
@@ -383,7 +382,7 @@ class Trainer:
         self.guard = Guard(self.config.spike)
         self.stop: str | None = None  # why it is to end
         self.step = self.without_gain = 0
-        self.steps: list[Step] = []
+        self.steps: list[TrainingStep] = []
         self.evaluations: list[Evaluation] = []
         self.total = _planned(self.config, batches)
         self.checkpoints = self._manager(folder)
@@ -426,7 +425,7 @@ class Trainer:
         self._tell("end")
         return self.report()
 
-    def _check(self, window: list[Batch]) -> None:
+    def _check(self, window: list[_Batch]) -> None:
         "What would fail far inside the model, or train on nonsense."
         embeddings: Any = getattr(self.bare, "get_input_embeddings", lambda: None)()
         for batch in window if embeddings is not None else ():
@@ -437,7 +436,7 @@ class Trainer:
                     step = "Use the tokenizer that belongs to the model; -100 marks what has no label."
                     raise InputError(name, f"must be from 0 to {most - 1}", int(wrong[0]), step)
 
-    def _update(self, window: list[Batch]) -> None:
+    def _update(self, window: list[_Batch]) -> None:
         "One step of the optimizer, on all batches of a window."
         window = [on_device(batch, self.device) for batch in window]
         items = self.processes.total(sum(map(self.objective.count, window)), self.device)
@@ -460,7 +459,7 @@ class Trainer:
         mean = self.processes.total(float(loss), self.device) / self.processes.count
         now = time.perf_counter()
         facts = mean, norm, self.optimizer.param_groups[0]["lr"], int(items), now - self._clock, problem is not None
-        self.steps.append(Step(self.step, *facts))
+        self.steps.append(TrainingStep(self.step, *facts))
         self._clock = now
 
     def _set_rate(self) -> None:
@@ -500,16 +499,18 @@ class Trainer:
     def _roll_back(self) -> None:
         "Weights and optimizer of the last checkpoint; data and counters go on, so that the same batch does not return."
         assert self.checkpoints is not None
+        self.checkpoints.wait()
+        self.processes.total(0.0, self.device)  # no process reads before the one that writes is done
         weights = {name: part for name, part in self.parts().items() if name in ("model", "optimizer", "ema", "scaler")}
         self.checkpoints.resume(weights, ignore=self.parts().keys() - weights.keys())
 
     # data
 
-    def _windows(self) -> Iterator[list[Batch]]:
+    def _windows(self) -> Iterator[list[_Batch]]:
         "The batches of one update each, epoch after epoch."
         empty = 0
         while True:
-            window: list[Batch] = []
+            window: list[_Batch] = []
             empty += 1
             for batch in self.batches:
                 empty = 0
@@ -567,7 +568,7 @@ class Trainer:
 
     # checkpoints
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any]:  # what has a state_dict each
         "All that the rest of the run depends on, by name."
         held = {"model": self.bare, "optimizer": self.optimizer, "ema": self.ema, "scaler": self.scaler}
         held |= {"data": self.batches, "guard": self.guard, "trainer": self, "random": _RandomStates(self.processes)}
@@ -598,9 +599,17 @@ class Trainer:
         self,
         state: Mapping[str, Any],  # what `state_dict` gave
     ) -> None:
-        "Take up counters and records."
+        "Take up counters and records; settings that are other ones now are named."
+        now = to_dict(self.config)
+        other = [
+            f"{name} {state['config'].get(name)} → {now[name]}"
+            for name in now
+            if state["config"].get(name) != now[name]
+        ]
+        if other:
+            warnings.warn(f"the run goes on with other settings: {', '.join(other)}", stacklevel=2)
         self.step, self.without_gain = state["step"], state["without_gain"]
-        self.steps = [Step(*values) for values in state["steps"]]
+        self.steps = [TrainingStep(*values) for values in state["steps"]]
         self.evaluations = [Evaluation(*values) for values in state["evaluations"]]
 
 
