@@ -324,7 +324,7 @@ def test_epochs_count_windows_that_are_not_full():
     ("settings", "why"),
     [
         ({"patience": 3}, "counts evaluations"),
-        ({"betas": (0.9, 1.0)}, "at least 0 and below 1"),
+        ({"beta2": 1.0}, "less than 1"),
         ({"stesp": 3}, "steps"),
     ],
 )

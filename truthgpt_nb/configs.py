@@ -376,7 +376,8 @@ class TrainingConfig:
     decay: float = Field(default=0.2, gt=0, le=1, description="share of the updates in which it falls, for wsd")
     final_rate: float = Field(default=0.1, ge=0, le=1, description="share of the learning rate at the end")
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices; vectors get none")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW: how slowly its averages move")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="how slowly AdamW's average of the gradients moves")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="how slowly that of their squares does")
     clip: float = Field(default=1.0, ge=0, description="the largest gradient norm; longer ones are scaled; 0 for any")
     precision: Literal["float32", "bf16", "fp16"] = Field(
         default="float32", description="of the products while training; weights and optimizer stay as they are"
@@ -402,5 +403,3 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.patience is not None and self.evaluate_every is None:
             raise ConfigError("patience", "counts evaluations", self.patience, "Set evaluate_every too.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("betas", "must be at least 0 and below 1", self.betas, "Pass (0.9, 0.95).")

@@ -656,4 +656,4 @@ def _prepared(model: Any, config: TrainingConfig) -> Any:
 def _adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config.weight_decay)
     fused = device_of(model).type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
