@@ -145,8 +145,8 @@ class _Feed:
             _again_at_exit()  # what the backend does at exit comes after what we do
             self._follow(backend)
             self._call(backend.finish, self.ending)
+            self._save()  # before it counts as over: what comes next reads the place
             self.state = "finished"
-            self._save()
         except _GivenUp:
             return
         except (Exception, SystemExit):
