@@ -30,8 +30,9 @@ from .core import ConfigError, InputError, Table, subplots
 from .devices import device_of, evaluating, seeded
 
 # %% auto #0
-__all__ = ['next_token', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share', 'parameter_groups', 'TrainingStep',
-           'Evaluation', 'TrainingReport', 'evaluate', 'on_device', 'StopRequest', 'stoppable', 'Guard', 'Trainer']
+__all__ = ['next_token', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share', 'parameter_groups', 'MuonAdamW',
+           'TrainingStep', 'Evaluation', 'TrainingReport', 'evaluate', 'on_device', 'StopRequest', 'stoppable', 'Guard',
+           'Trainer']
 
 # %% ../nbs/api/16_trainer.ipynb #8edb17f3
 _Batch = dict[str, Any]
@@ -94,6 +95,64 @@ def parameter_groups(
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+# %% ../nbs/api/16_trainer.ipynb #b1ac00d0
+class MuonAdamW(torch.optim.Optimizer):
+    "Muon for the matrices of the layers, AdamW for all else, as one optimizer."
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # a transformers model, or another whose embeddings are nn.Embedding
+        muon_rate: float = 0.02,  # learning rate of the matrices; an update is orthogonal, so this is its size
+        adamw_rate: float = 3e-3,  # learning rate of embeddings, norms and biases
+        weight_decay: float = 0.01,  # of matrices and embeddings
+    ):
+        ends = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
+        output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        ends |= {id(output.weight)} if output is not None else set()
+        groups = parameter_groups(model, weight_decay)
+        trained = [(parameter, group["weight_decay"]) for group in groups for parameter in group["params"]]
+        inner = [parameter for parameter, _ in trained if parameter.ndim == 2 and id(parameter) not in ends]
+        if not inner:
+            step = "Use AdamW, which is what Trainer does when no optimizer is given."
+            raise InputError("model", "must have matrices inside its layers", type(model).__name__, step)
+        own = {id(parameter) for parameter in inner}
+        others = [{"params": [p], "weight_decay": decay} for p, decay in trained if id(p) not in own]
+        fused = device_of(model).type in ("cpu", "cuda")
+        self.muon = torch.optim.Muon(inner, lr=muon_rate, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(_joined(others), lr=adamw_rate, betas=(0.9, 0.95), fused=fused)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        "The two work on the groups and the state that are seen from outside."
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]  # torch's is overloaded
+        self,
+        closure: Callable[[], float] | None = None,  # gives the loss, as in torch
+    ) -> float | None:  # what the closure gave
+        "One update of all weights."
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "One group for each weight decay."
+    decays = sorted({group["weight_decay"] for group in groups})
+    return [
+        {"params": [p for group in groups if group["weight_decay"] == decay for p in group["params"]]}
+        | {"weight_decay": decay}
+        for decay in decays
+    ]
 
 # %% ../nbs/api/16_trainer.ipynb #ee398f35
 @dataclass(frozen=True)
