@@ -162,7 +162,7 @@ def test_a_loader_is_divided_and_a_process_with_nothing_left_takes_part(tmp_path
     body = """
         from truthgpt_nb.loader import DataLoaderBuilder
         rows = [{"input_ids": list(range(1, 4 + n)), "labels": list(range(1, 4 + n))} for n in range(5)]
-        loader = DataLoaderBuilder(seed=3).source(rows).tokenize(None, max_length=16).batch(2).build()
+        loader = DataLoaderBuilder(seed=3).source(rows).tokenize(None, max_length=16, vocab_size=29).batch(2).build()
         trainer = Trainer(model(), loader, epochs=2, validation=loader, evaluate_every=1, schedule="constant")
         report = trainer.fit()
         if RANK == 0:
