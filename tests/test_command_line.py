@@ -147,3 +147,27 @@ def test_the_demo_on_a_real_model(tmp_path):
     assert quantized["verdict"] == "drifts" and "KL" in quantized["reason"]
     assert 0.02 < quantized["fidelity"]["metrics"]["kl_divergence"] < 1
     assert "data:image/png" in (tmp_path / "truthgpt-report/report.html").read_text()
+
+
+def test_two_processes_train_are_interrupted_and_go_on(tmp_path):
+    (tmp_path / "rhymes.txt").write_text("Jack and Jill went up the hill to fetch a pail of water.\n" * 8)
+    job = ["train", "rhymes.txt", "--output", "out", "--rows", "2", "--save-every", "1", "--processes", "2"]
+    command = [*COMMAND, *job, "--steps", "400"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True
+    ) as run:
+        while not list(tmp_path.glob("out/checkpoints/*-step-*")):
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)
+        run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert not (tmp_path / "out/model").exists()
+    done = max(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("out/checkpoints/*-step-*"))
+    again = truthgpt(*job, "--steps", str(done + 2), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f" {done + 2}\n" in again.stdout and " done\n" in again.stdout
+    assert (tmp_path / "out/model/model.safetensors").exists()
+    record = (tmp_path / "out/runs/training/out/record.jsonl").read_text().splitlines()
+    steps = [line["step"] for line in map(json.loads, record) if line["kind"] == "metrics" and "loss" in line["data"]]
+    assert steps == list(range(1, done + 3))

@@ -442,7 +442,8 @@ def _each(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def _accelerator_if_many() -> Any:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if (torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         return None
     from accelerate import Accelerator
 
