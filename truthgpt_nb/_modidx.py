@@ -1977,6 +1977,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer.Trainer._evaluation': ( 'api/trainer.html#trainer._evaluation',
                                                                                   'truthgpt_nb/trainer.py'),
+                                     'truthgpt_nb.trainer.Trainer._gradients': ( 'api/trainer.html#trainer._gradients',
+                                                                                 'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer.Trainer._hold_back': ( 'api/trainer.html#trainer._hold_back',
                                                                                  'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer.Trainer._is_due': ('api/trainer.html#trainer._is_due', 'truthgpt_nb/trainer.py'),

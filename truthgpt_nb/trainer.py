@@ -306,7 +306,10 @@ class _Processes:
 
     def clip(self, parameters: list[torch.Tensor], most: float) -> float:
         if self.accelerator is None:
-            return float(torch.nn.utils.clip_grad_norm_(parameters, most))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if (found := float(norm)) > most - 1e-6:  # what is short enough is not touched
+                torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+            return found
         return float(self.accelerator.clip_grad_norm_(parameters, most))
 
 
@@ -438,17 +441,11 @@ class Trainer:
 
     def _update(self, window: list[_Batch]) -> None:
         "One step of the optimizer, on all batches of a window."
-        window = [on_device(batch, self.device) for batch in window]
         items = self.processes.total(sum(map(self.objective.count, window)), self.device)
         self._set_rate()
-        loss = torch.zeros((), device=self.device)
-        for number, batch in enumerate(window, 1):
-            with self.processes.exchanging(self.model, number == len(window)):
-                with self._autocast():
-                    part = self.objective.loss(self.model, batch) * (self.processes.count / max(1.0, items))
-                (part if self.scaler is None else self.scaler.scale(part)).backward()
-            loss += part.detach()
+        loss = self._gradients([on_device(batch, self.device) for batch in window], max(1.0, items))
         norm = self._clipped_norm()
+        mean = self.processes.total(float(loss), self.device) / max(1.0, items)  # before the step: a GPU is done with it
         problem = self.guard.problem(norm) if items else "no item has a label"
         if problem is None:
             self._take_step()
@@ -456,11 +453,22 @@ class Trainer:
             self._hold_back(problem)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        mean = self.processes.total(float(loss), self.device) / self.processes.count
         now = time.perf_counter()
         facts = mean, norm, self.optimizer.param_groups[0]["lr"], int(items), now - self._clock, problem is not None
         self.steps.append(TrainingStep(self.step, *facts))
         self._clock = now
+
+    def _gradients(self, window: list[_Batch], items: float) -> torch.Tensor:
+        "Leave the gradients of the mean over all items with the parameters; the sum of the losses in this process."
+        losses = []
+        for number, batch in enumerate(window, 1):
+            with self.processes.exchanging(self.model, number == len(window)):
+                with self._autocast():
+                    part = self.objective.loss(self.model, batch)
+                share = part.new_full((), self.processes.count / items)  # of this loss in the mean: the chain rule begins
+                part.backward(share if self.scaler is None else self.scaler.scale(share))
+            losses.append(part.detach())
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _set_rate(self) -> None:
         share = rate_share((self.step + 1) / self.total, self.config)
