@@ -75,13 +75,15 @@ def rate_share(
     if done < config.warmup:
         return done / config.warmup
     left = (1 - done) / (1 - config.warmup) if config.warmup < 1 else 0.0
-    falls = {
-        "cosine": lambda: (1 - math.cos(math.pi * left)) / 2,
-        "linear": lambda: left,
-        "wsd": lambda: min(1.0, (1 - done) / config.decay),
-        "constant": lambda: 1.0,
-    }
-    return config.final_rate + (1 - config.final_rate) * falls[config.schedule]()
+    return config.final_rate + (1 - config.final_rate) * _FALLS[config.schedule](left, done, config)
+
+
+_FALLS: dict[str, Callable[[float, float, TrainingConfig], float]] = {
+    "cosine": lambda left, done, config: (1 - math.cos(math.pi * left)) / 2,
+    "linear": lambda left, done, config: left,
+    "wsd": lambda left, done, config: min(1.0, (1 - done) / config.decay),
+    "constant": lambda left, done, config: 1.0,
+}
 
 # %% ../nbs/api/16_trainer.ipynb #9f919f0b
 def parameter_groups(
@@ -351,6 +353,7 @@ def _accelerator_if_many() -> Any:
 # %% ../nbs/api/16_trainer.ipynb #9cfa7e86
 _Callback = Callable[["Trainer", str], None]
 _MOST_IN_A_ROW = 10  # updates that may be held back one after the other
+_SHOWN_EVERY = 0.1  # seconds: more often is not seen, and text is dear where a step is short
 
 
 class Trainer:
@@ -385,6 +388,7 @@ class Trainer:
         self.guard = Guard(self.config.spike)
         self.stop: str | None = None  # why it is to end
         self.step = self.without_gain = 0
+        self._clock = self._shown = -math.inf  # when the last step ended, and when the bar was told of one
         self.steps: list[TrainingStep] = []
         self.evaluations: list[Evaluation] = []
         self.total = _planned(self.config, batches)
@@ -566,7 +570,9 @@ class Trainer:
         return tqdm(total=self.total, initial=self.step, unit="step", disable=not (shown and self.processes.main))
 
     def _show(self, bar: Any) -> None:
-        last = self.steps[-1]
+        if bar.disable or (self._clock - self._shown < _SHOWN_EVERY and self.step < self.total):
+            return
+        last, self._shown = self.steps[-1], self._clock
         bar.set_postfix(loss=f"{last.loss:.4g}", items_s=f"{last.items / max(last.seconds, 1e-9):,.0f}", refresh=False)
 
     def report(self) -> TrainingReport:  # shows itself as a table
