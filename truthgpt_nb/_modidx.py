@@ -2046,6 +2046,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'truthgpt_nb.trainer._adamw': ('api/trainer.html#_adamw', 'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer._checked': ('api/trainer.html#_checked', 'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer._each': ('api/trainer.html#_each', 'truthgpt_nb/trainer.py'),
+                                     'truthgpt_nb.trainer._head': ('api/trainer.html#_head', 'truthgpt_nb/trainer.py'),
+                                     'truthgpt_nb.trainer._head_only_at': ('api/trainer.html#_head_only_at', 'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer._planned': ('api/trainer.html#_planned', 'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer._prepared': ('api/trainer.html#_prepared', 'truthgpt_nb/trainer.py'),
                                      'truthgpt_nb.trainer.evaluate': ('api/trainer.html#evaluate', 'truthgpt_nb/trainer.py'),

@@ -51,9 +51,32 @@ def next_token_loss(
 ) -> torch.Tensor:  # the sum over all tokens that have a label, in nats
     "The cross-entropy of each next token, added up."
     inputs = {name: value for name, value in batch.items() if name in _INPUTS}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # each of the token after it
+    places = (labels.flatten() != -100).nonzero().squeeze(1)
+    with _head_only_at(places, labels.shape, model):
+        logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
+    labels = labels.flatten() if len(logits) == labels.numel() else labels.flatten()[places]
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+
+
+def _head_only_at(places: torch.Tensor, shape: torch.Size, model: Any) -> AbstractContextManager[Any]:
+    "Inside, the head of a language model is given those places of a batch of that shape that have a label."
+    head = _head(getattr(model, "module", model))
+    if head is None:
+        return nullcontext()
+
+    def pick(head: Any, arguments: tuple[torch.Tensor, ...]) -> Any:
+        if not arguments or arguments[0].shape[:2] != shape:
+            return None
+        return (arguments[0].flatten(0, 1)[places], *arguments[1:])
+
+    return head.register_forward_pre_hook(pick)
+
+
+def _head(model: Any) -> Any:
+    "The module that makes logits of hidden states; None where it is not known, or compiled with all else."
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    return None if compiled else getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def next_token_count(
@@ -449,7 +472,9 @@ class Trainer:
         self._set_rate()
         loss = self._gradients([on_device(batch, self.device) for batch in window], max(1.0, items))
         norm = self._clipped_norm()
-        mean = self.processes.total(float(loss), self.device) / max(1.0, items)  # before the step: a GPU is done with it
+        mean = self.processes.total(float(loss), self.device) / max(
+            1.0, items
+        )  # before the step: a GPU is done with it
         problem = self.guard.problem(norm) if items else "no item has a label"
         if problem is None:
             self._take_step()
@@ -469,7 +494,9 @@ class Trainer:
             with self.processes.exchanging(self.model, number == len(window)):
                 with self._autocast():
                     part = self.objective.loss(self.model, batch)
-                share = part.new_full((), self.processes.count / items)  # of this loss in the mean: the chain rule begins
+                share = part.new_full(
+                    (), self.processes.count / items
+                )  # of this loss in the mean: the chain rule begins
                 part.backward(share if self.scaler is None else self.scaler.scale(share))
             losses.append(part.detach())
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
