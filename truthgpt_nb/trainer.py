@@ -68,7 +68,7 @@ def _head_only_at(places: torch.Tensor, shape: torch.Size, model: Any) -> Abstra
     def pick(head: Any, arguments: tuple[torch.Tensor, ...]) -> Any:
         if not arguments or arguments[0].shape[:2] != shape:
             return None
-        return (arguments[0].flatten(0, 1)[places], *arguments[1:])
+        return (arguments[0].flatten(0, 1).index_select(0, places), *arguments[1:])
 
     return head.register_forward_pre_hook(pick)
 
