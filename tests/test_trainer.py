@@ -355,6 +355,55 @@ def test_a_spike_is_held_back():
     assert [one.step for one in report.steps if one.skipped] == [20]
 
 
+SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+TIED = {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 4}
+MODELS = {
+    "GPT-2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=37, n_embd=16, n_layer=1, n_head=2)),
+    "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    "Gemma 2, whose logits are capped": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES | TIED)),
+    "Cohere, whose logits are scaled": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES)),
+    "GPT-NeoX": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_loss_and_its_gradient_are_those_of_all_logits(name, share):
+    torch.manual_seed(int(share * 10))
+    network = MODELS[name]().double().eval()
+    ids = torch.randint(37, (3, 9))
+    labels = ids.masked_fill(torch.rand(ids.shape) >= share, -100)
+    logits = network(input_ids=ids, use_cache=False).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    of_all = torch.autograd.grad(expected, list(network.parameters()), allow_unused=True)
+    seen = []
+    network.get_output_embeddings().register_forward_hook(lambda head, inputs, output: seen.append(output.shape))
+    found = next_token_loss(network, {"input_ids": ids, "labels": labels})
+    assert seen == [(next_token_count({"labels": labels}), 37)]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)  # the last step is in float32
+    for one, other in zip(
+        torch.autograd.grad(found, list(network.parameters()), allow_unused=True), of_all, strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_a_known_head_gives_all_logits():
+    network, batch = model(), next(iter(Data()))
+    expected = next_token_loss(network, batch)
+
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    torch.testing.assert_close(next_token_loss(Hidden(), batch), expected)
+    assert not network.lm_head._forward_pre_hooks
+
+
 def test_bad_gradients_in_a_row_end_a_run():
     nan = Objective(lambda network, batch: next_token_loss(network, batch) * float("nan"), next_token_count)
     with pytest.warns(UserWarning, match="held back"):

@@ -61,9 +61,32 @@ def next_token_loss(
 ) -> torch.Tensor:  # the sum over all tokens that have a label, in nats
     "The cross-entropy of each next token, added up."
     inputs = {name: value for name, value in batch.items() if name in _INPUTS}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # each of the token after it
+    places = (labels.flatten() != -100).nonzero().squeeze(1)
+    with _head_only_at(places, labels.shape, model):
+        logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
+    labels = labels.flatten() if len(logits) == labels.numel() else labels.flatten()[places]
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+
+
+def _head_only_at(places: torch.Tensor, shape: torch.Size, model: Any) -> AbstractContextManager[Any]:
+    "Inside, the head of a language model is given those places of a batch of that shape that have a label."
+    head = _head(getattr(model, "module", model))
+    if head is None:
+        return nullcontext()
+
+    def pick(head: Any, arguments: tuple[torch.Tensor, ...]) -> Any:
+        if not arguments or arguments[0].shape[:2] != shape:
+            return None
+        return (arguments[0].flatten(0, 1).index_select(0, places), *arguments[1:])
+
+    return head.register_forward_pre_hook(pick)
+
+
+def _head(model: Any) -> Any:
+    "The module that makes logits of hidden states; None where it is not known, or compiled with all else."
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    return None if compiled else getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def next_token_count(
@@ -85,13 +108,15 @@ def rate_share(
     if done < config.warmup:
         return done / config.warmup
     left = (1 - done) / (1 - config.warmup) if config.warmup < 1 else 0.0
-    falls = {
-        "cosine": lambda: (1 - math.cos(math.pi * left)) / 2,
-        "linear": lambda: left,
-        "wsd": lambda: min(1.0, (1 - done) / config.decay),
-        "constant": lambda: 1.0,
-    }
-    return config.final_rate + (1 - config.final_rate) * falls[config.schedule]()
+    return config.final_rate + (1 - config.final_rate) * _FALLS[config.schedule](left, done, config)
+
+
+_FALLS: dict[str, Callable[[float, float, TrainingConfig], float]] = {
+    "cosine": lambda left, done, config: (1 - math.cos(math.pi * left)) / 2,
+    "linear": lambda left, done, config: left,
+    "wsd": lambda left, done, config: min(1.0, (1 - done) / config.decay),
+    "constant": lambda left, done, config: 1.0,
+}
 
 # %% ../nbs/api/16_trainer.ipynb #9f919f0b
 def parameter_groups(
@@ -369,12 +394,12 @@ class _Processes:
             plan.pop("train_batch_size", None)
         return self.accelerator.prepare(model, optimizer)
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        "Add to the gradients."
+    def backward(self, loss: torch.Tensor, share: torch.Tensor, last: bool) -> None:
+        "Add the gradients of a share of a loss."
         if self.deepspeed:
-            self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)  # and takes the step itself
+            self.accelerator.deepspeed_engine_wrapped.backward(loss * share, sync_gradients=last)  # takes the step too
         else:
-            loss.backward()
+            loss.backward(share)
 
     def share(self, batches: Any) -> Any:
         "What this process reads of some data that can be divided and is not yet."
@@ -407,10 +432,13 @@ class _Processes:
         return gather_object([thing])
 
     def clip(self, parameters: list[torch.Tensor], most: float) -> float:
-        own = self.deepspeed or (self.accelerator is not None and not any(map(is_sharded, parameters)))
-        clip = self.accelerator.clip_grad_norm_ if own else torch.nn.utils.clip_grad_norm_
-        norm: Any = clip(parameters, most)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if self.deepspeed:
+            return float(self.accelerator.clip_grad_norm_(parameters, most))
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        found = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if found > most - 1e-6:  # what is short enough is not touched
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return found
 
 
 class _RandomStates:
@@ -453,6 +481,7 @@ def _accelerator_if_many() -> Any:
 # %% ../nbs/api/16_trainer.ipynb #9cfa7e86
 _Callback = Callable[["Trainer", str], None]
 _MOST_IN_A_ROW = 10  # updates that may be held back one after the other
+_SHOWN_EVERY = 0.1  # seconds: more often is not seen, and text is dear where a step is short
 
 
 class Trainer:
@@ -486,9 +515,10 @@ class Trainer:
         self.sharded = any(map(is_sharded, self.parameters))
         self.ema = EMAManager(self.bare, self.config.ema) if self.config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type) if self.config.precision == "fp16" else None
-        self.guard, self._clock = Guard(self.config.spike), time.perf_counter()
+        self.guard = Guard(self.config.spike)
         self.stop: str | None = None  # why it is to end
         self.step = self.without_gain = 0
+        self._clock, self._shown = time.perf_counter(), -math.inf  # the last step ended, the bar was told of one
         self.steps: list[TrainingStep] = []
         self.evaluations: list[Evaluation] = []
         self.total = _planned(self.config, self.batches)
@@ -557,18 +587,12 @@ class Trainer:
 
     def _update(self, window: list[_Batch], share: float) -> None:
         "One step of the optimizer, on all batches of a window, with a share of the learning rate."
-        window = [on_device(batch, self.device) for batch in window]
         items = self.processes.total(sum(map(self.objective.count, window)), self.device)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
-        loss = torch.zeros((), device=self.device)
-        for number, batch in enumerate(window, 1):
-            with self.processes.exchanging(self.model, number == len(window)):
-                with self._autocast():
-                    part = self.objective.loss(self.model, batch) * (self.processes.count / max(1.0, items))
-                self.processes.backward(part if self.scaler is None else self.scaler.scale(part), number == len(window))
-            loss += part.detach()
+        loss = self._gradients([on_device(batch, self.device) for batch in window], max(1.0, items))
         norm = self._clipped_norm()
+        mean = self.processes.total(float(loss), self.device) / max(1.0, items)  # a GPU is done with it by now
         problem = self.guard.problem(norm) if items else "no item has a label"
         if problem is None:
             self._take_step()
@@ -576,11 +600,23 @@ class Trainer:
             self._hold_back(problem)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        mean = self.processes.total(float(loss), self.device) / self.processes.count
         now = time.perf_counter()
         facts = mean, norm, self.optimizer.param_groups[0]["lr"], int(items), now - self._clock, problem is not None
         self.steps.append(TrainingStep(self.step, *facts))
         self._clock = now
+
+    def _gradients(self, window: list[_Batch], items: float) -> torch.Tensor:
+        "Leave the gradients of the mean over all items with the parameters; the sum of the losses in this process."
+        losses = []
+        for number, batch in enumerate(window, 1):
+            last = number == len(window)
+            with self.processes.exchanging(self.model, last):
+                with self._autocast():
+                    part = self.objective.loss(self.model, batch)
+                share = part.new_full((), self.processes.count / items)  # of it in the mean: the chain rule begins
+                self.processes.backward(part, share if self.scaler is None else self.scaler.scale(share), last)
+            losses.append(part.detach())
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -675,7 +711,9 @@ class Trainer:
         return tqdm(total=self.total, initial=self.step, unit="step", disable=not (shown and self.processes.main))
 
     def _show(self, bar: Any) -> None:
-        last = self.steps[-1]
+        if bar.disable or (self._clock - self._shown < _SHOWN_EVERY and self.step < self.total):
+            return
+        last, self._shown = self.steps[-1], self._clock
         bar.set_postfix(loss=f"{last.loss:.4g}", items_s=f"{last.items / max(last.seconds, 1e-9):,.0f}", refresh=False)
 
     def report(self) -> TrainingReport:  # shows itself as a table
