@@ -54,11 +54,10 @@ from truthgpt_nb.models import (
 from .trainer import Trainer, TrainingReport, next_token, on_device, stoppable
 
 # %% auto #0
-__all__ = ['LEAST_DOCUMENTS', 'UNRELATED', 'Prompt', 'training_defaults', 'target_layers', 'attach_adapter', 'four_bit_problem',
-           'load_in_four_bits', 'split_records', 'DocumentLosses', 'document_losses', 'LossChange', 'loss_change',
-           'FinetuneData', 'prepare_data', 'AsItWas', 'TrainedPart', 'Measurement', 'measure', 'write_samples',
-           'judge_change', 'Sample', 'Cost', 'FinetuneReport', 'finetune', 'merge_finetuned', 'save_finetuned',
-           'finetune_files']
+__all__ = ['UNRELATED', 'Prompt', 'training_defaults', 'target_layers', 'attach_adapter', 'four_bit_problem', 'load_in_four_bits',
+           'split_records', 'DocumentLosses', 'document_losses', 'LossChange', 'loss_change', 'FinetuneData',
+           'prepare_data', 'AsItWas', 'TrainedPart', 'Measurement', 'measure', 'write_samples', 'judge_change',
+           'Sample', 'Cost', 'FinetuneReport', 'finetune', 'merge_finetuned', 'save_finetuned', 'finetune_files']
 
 # %% ../nbs/api/17_finetune.ipynb #f09c9823
 def training_defaults(
@@ -169,7 +168,7 @@ def _repacking(model: torch.nn.Module) -> list[Any]:
     return [layer for layer in layers if layer.weight.device.type == "cpu"]
 
 # %% ../nbs/api/17_finetune.ipynb #21198c23
-LEAST_DOCUMENTS = 5  # to judge by; fewer cannot tell a gain from luck
+_LEAST = 5  # documents to judge by; fewer cannot tell a gain from luck
 
 
 def split_records(
@@ -182,9 +181,9 @@ def split_records(
     marks = [_digest(record) for record in records]
     order = sorted(set(marks))
     count = min(max(least, round(share * len(order))), len(order) // 2)
-    if count < LEAST_DOCUMENTS:
+    if count < _LEAST:
         step = "Add examples, or pass validation=."
-        rule = f"must hold {2 * LEAST_DOCUMENTS} different ones, so that {LEAST_DOCUMENTS} can be held out"
+        rule = f"must hold {2 * _LEAST} different ones, so that {_LEAST} can be held out"
         raise InputError("records", rule, len(order), step)
     held = set(order[:count])
     sides = ([r for r, mark in zip(records, marks, strict=True) if (mark in held) is out] for out in (False, True))
@@ -361,8 +360,8 @@ def _tokenized(model: TextModel, data: Any, schema: str, config: FinetuneConfig,
 def _measuring(builder: DataLoaderBuilder, config: FinetuneConfig, length: int, name: str) -> Loader:
     loader = builder.bucket(max(config.batch_tokens, length)).build()
     count = len(loader._store)
-    if count < LEAST_DOCUMENTS:
-        rule = f"must leave {LEAST_DOCUMENTS} documents to judge by"
+    if count < _LEAST:
+        rule = f"must leave {_LEAST} documents to judge by"
         raise InputError(name, rule, count, "Add some, or let max_length be larger.")
     return loader
 
@@ -465,7 +464,10 @@ class TrainedPart(torch.nn.Module):
         super().__init__()
         self.whole, self.base = model, base
 
-    def forward(self, **inputs: Any) -> Any:
+    def forward(
+        self,
+        **inputs: Any,  # of the model
+    ) -> Any:  # its output
         "What the model gives."
         return self.whole(**inputs)
 
@@ -475,13 +477,18 @@ class TrainedPart(torch.nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("whole"), name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # a tree for a checkpoint
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override] # a tree for a checkpoint
         "The trained parameters, and the fingerprint."
         trained = {name: p.detach() for name, p in self.whole.named_parameters() if p.requires_grad}
         return trained | {"base": self.base}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def load_state_dict(  # type: ignore[override]
+        self,
+        state: Mapping[str, Any],  # what `state_dict` gave
+        *_: Any,
+        **__: Any,
+    ) -> None:
         "Take up trained parameters, if they were trained on this model."
         if state["base"] != self.base:
             step = "Load the model that the run began with, or take another folder."
