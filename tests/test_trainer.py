@@ -52,7 +52,6 @@ def launched(file, *words, processes=1, **options):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
         "PYTHONPATH": path,
-        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
@@ -78,25 +77,109 @@ def finished(process, timeout=180):
 
 
 RUN = """
-    trainer = Trainer(model(), Data(), steps=int(sys.argv[2]), accumulate=2, learning_rate=1e-2, folder=sys.argv[1],
-                      save_every=3, schedule="constant")
+    net = model()
+    if "sharded" in sys.argv:
+        import torch.distributed as dist
+        from torch.distributed.fsdp import fully_shard
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("gloo", **alone)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in net.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    validation = [batch for batch, _ in zip(Data(), range(2))]
+    trainer = Trainer(net, Data(), steps=int(sys.argv[2]), accumulate=2, learning_rate=1e-2, folder=sys.argv[1],
+                      save_every=3, schedule="constant", ema=0.9, validation=validation, evaluate_every=2)
     report = trainer.fit()
     if RANK == 0:
-        print(json.dumps([[one.loss, one.gradient_norm, one.items] for one in report.steps]))
+        rows = [[one.loss, one.gradient_norm, one.items] for one in report.steps]
+        print(json.dumps([rows, [[one.loss, one.items] for one in report.evaluations]]))
 """
+
+
+def close(found, expected, rtol=1e-5):
+    "Compare what two runs printed."
+    assert [row[-1] for part in found for row in part] == [row[-1] for part in expected for row in part]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose([row[:-1] for row in one], [row[:-1] for row in other], rtol=rtol)
 
 
 def test_two_processes_train_as_one_and_either_goes_on_from_the_other(tmp_path):
     file = program(tmp_path, RUN)
-    first = launched(file, tmp_path / "one", 9)
-    one = json.loads(finished(first))
+    one = json.loads(finished(launched(file, tmp_path / "one", 9)))
     two = json.loads(finished(launched(file, tmp_path / "two", 9, processes=2)))
-    assert [items for *_, items in one] == [items for *_, items in two]
-    np.testing.assert_allclose([row[:2] for row in one], [row[:2] for row in two], rtol=1e-5)
+    close(one, two)
     more = json.loads(finished(launched(file, tmp_path / "one", 12, processes=2)))  # one process, then two
     again = json.loads(finished(launched(file, tmp_path / "two", 12)))  # two, then one
-    assert more[:9] == one
-    np.testing.assert_allclose([row[:2] for row in more], [row[:2] for row in again], rtol=1e-4)
+    assert more[0][:9] == one[0]
+    close(more, again, rtol=1e-4)
+
+
+def test_shards_train_as_a_whole_and_any_number_of_processes_goes_on(tmp_path):
+    file = program(tmp_path, RUN)
+    whole = json.loads(finished(launched(file, tmp_path / "whole", 9)))
+    first = json.loads(finished(launched(file, tmp_path / "run", 6, "sharded", processes=2)))
+    assert list(tmp_path.glob("run/*/shards/*.safetensors"))
+    found = json.loads(finished(launched(file, tmp_path / "run", 9, "sharded", processes=2)))
+    assert found[0][:6] == first[0]
+    close(found, whole)
+    close(
+        json.loads(finished(launched(file, tmp_path / "run", 12, "sharded"))),
+        json.loads(finished(launched(file, tmp_path / "whole", 12))),
+        rtol=1e-4,
+    )
+
+
+def test_a_bad_gradient_is_rolled_back_in_all_processes_together(tmp_path):
+    body = """
+        from truthgpt_nb.trainer import Objective, next_token_count, next_token_loss
+
+        def spoilt(net, batch):
+            loss = next_token_loss(net, batch)
+            spoilt.calls += 1
+            return loss * float("nan") if (spoilt.calls, RANK) == (6, 1) else loss
+
+        def weights(trainer):
+            return torch.cat([weight.detach().clone().flatten() for weight in trainer.bare.parameters()])
+
+        spoilt.calls = 0
+        trainer = Trainer(model(), Data(), steps=9, folder=sys.argv[1], save_every=2, on_bad_gradients="roll back",
+                          objective=Objective(spoilt, next_token_count), schedule="constant", warmup=0.0)
+        before = {}
+        trainer.callbacks = [lambda trainer, what: before.setdefault((trainer.step, what), weights(trainer))]
+        report = trainer.fit()
+        same = torch.equal(before[4, "step"], before[6, "step"])
+        flat = weights(trainer)
+        both = [torch.empty_like(flat) for _ in range(2)]
+        torch.distributed.all_gather(both, flat)
+        print(json.dumps([same, torch.equal(*both), [one.step for one in report.steps if one.skipped]]))
+    """
+    out = finished(launched(program(tmp_path, body), tmp_path / "run", processes=2))
+    assert [json.loads(line) for line in out.splitlines()] == [[True, True, [6]]] * 2
+
+
+def test_a_loader_is_divided_and_a_process_with_nothing_left_takes_part(tmp_path):
+    body = """
+        from truthgpt_nb.loader import DataLoaderBuilder
+        rows = [{"input_ids": list(range(1, 4 + n)), "labels": list(range(1, 4 + n))} for n in range(5)]
+        loader = DataLoaderBuilder(seed=3).source(rows).tokenize(None, max_length=16, vocab_size=29).batch(2).build()
+        trainer = Trainer(model(), loader, epochs=2, validation=loader, evaluate_every=1, schedule="constant")
+        report = trainer.fit()
+        if RANK == 0:
+            sizes = [[one.loss, one.items] for one in report.evaluations]
+            print(json.dumps([sum(one.items for one in report.steps), sizes]))
+    """
+    file = program(tmp_path, body)
+    items, sizes = json.loads(finished(launched(file, processes=2)))
+    assert items == 2 * sum(2 + n for n in range(5))
+    assert {size for _, size in sizes} == {items // 2}
+
+
+def test_data_parallel_is_taken_apart_with_advice():
+    with pytest.warns(UserWarning, match="truthgpt train --processes"):
+        trainer = Trainer(torch.nn.DataParallel(model()), Data(), steps=2)
+    assert type(trainer.bare) is hf.GPT2LMHeadModel
+    assert [one.step for one in trainer.fit(progress=False).steps] == [1, 2]
 
 
 def test_a_process_that_is_killed_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):

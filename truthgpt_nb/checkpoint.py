@@ -78,9 +78,9 @@ def _where(path: tuple[str, ...]) -> str:
 def _named(tensor: torch.Tensor, path: tuple[str, ...], tensors: dict[str, torch.Tensor], names: dict) -> str:
     "The name under which a tensor is kept."
     _check_tensor(tensor, path)
-    place: tuple = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
-    if is_sharded(tensor):
-        place = (id(tensor),)
+    own: Any = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    start = own.untyped_storage().data_ptr() or id(tensor)  # a shard may be empty
+    place: tuple = start, own.storage_offset(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
     if place not in names:
         name = ".".join(path) or "tensor"
         while name in tensors or name == "__metadata__":  # a key with a dot in it, or a word of the format
@@ -764,15 +764,18 @@ class EMAManager:
         try:
             self._swapped = True
             _copy_all(weights, averages)
+            _reshard(self.model)
             yield self.model
         finally:
             _copy_all(weights, kept)
+            _reshard(self.model)
             self._swapped = False
 
     def copy_to_model(self) -> None:
         "Make the averages the weights, for good."
         averages, weights = self._pairs()
         _copy_all(weights, averages)
+        _reshard(self.model)
 
     def state_dict(self) -> dict[str, Any]:  # a tree for a checkpoint
         "The averages and how many updates they have seen."
@@ -802,6 +805,13 @@ def _wide(weight: torch.Tensor) -> torch.dtype:
 def _copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def _reshard(part: Any) -> None:
+    "Let go of what FSDP put together before the weights were changed."
+    for module in part.modules() if isinstance(part, torch.nn.Module) else ():
+        if hasattr(module, "set_requires_gradient_sync"):
+            getattr(module, "reshard")()  # noqa: B009  # of FSDPModule, which only those processes import
 
 # %% ../nbs/api/15_checkpoint.ipynb #c045
 class ShardedOptimizer:
@@ -942,12 +952,13 @@ def resume_sharded(
     parts: Mapping[str, Any],  # by name, as for `save_sharded`
     which: int | str | Path | None = None,  # a step or the folder of a checkpoint; the last whole one if not given
     any_processes: bool = False,  # whether another number of processes may go on, with generators of the old ones
+    ignore: Iterable[str] = (),  # the names of parts of the checkpoint that are not to be restored
 ) -> Checkpoint | None:  # what was restored; None when there is no checkpoint yet
     "Restore every part of a run of several processes."
     found = _agreed(manager, which)
     if found is None:
         return None
-    saved_by = _processes(found, parts, any_processes)
+    saved_by = _processes(found, {*parts, *ignore}, any_processes)
     rank = dist.get_rank() % saved_by
     saved = {name: found._split(f"{name}-{rank}") for name in parts}
     targets = {name: split_tree(_state(part)) for name, part in parts.items()}
@@ -957,6 +968,7 @@ def resume_sharded(
         plain, tensors = saved[name]
         own = {key.partition("/")[2]: tensor for key, tensor in shards.items() if key.startswith(f"{name}/")}
         _restore(name, parts[name], join_tree(plain, tensors | own))
+        _reshard(parts[name])
     return found
 
 
@@ -976,11 +988,11 @@ def _agreed(manager: CheckpointManager, which: int | str | Path | None) -> Check
     return read_checkpoint(path) if path else None
 
 
-def _processes(found: Checkpoint, parts: Mapping[str, Any], any_processes: bool) -> int:
+def _processes(found: Checkpoint, parts: set[str], any_processes: bool) -> int:
     "How many processes saved a checkpoint; an error where others resume, or with other parts."
     saved = {name.rpartition("-")[0] for name in found.parts}
     count = 1 + max(int(name.rpartition("-")[2]) for name in found.parts)
-    if saved != set(parts):
+    if saved != parts:
         step = "Pass the parts that were saved."
         raise CheckpointError("parts", f"must be {', '.join(sorted(saved))}", ", ".join(sorted(parts)), step)
     if count != dist.get_world_size() and not any_processes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import sys
 import warnings
@@ -208,6 +209,43 @@ def _standard_input() -> str:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise InputError("standard input", "must be text in UTF-8", error, "Convert it, or type the prompt.") from error
+
+
+@_app.command("train")
+@with_options(TrainingConfig)
+def _train(
+    data: list[str] = typer.Argument(help="files or globs of texts, prompts or chats: .jsonl, .txt, .parquet, .csv"),
+    model: str = _MODEL,
+    output: Path = typer.Option("trained", "--output", "-o", help="a folder for model, checkpoints and record"),
+    validation: str | None = typer.Option(None, help="a file of texts that are not trained on"),
+    rows: int = typer.Option(8, min=1, help="of a batch, in each process"),
+    max_length: int | None = typer.Option(None, min=2, help="tokens of a text [default: as many as the model takes]"),
+    pack: bool = typer.Option(False, "--pack", help="put several texts into a row"),
+    trackers: str = typer.Option("", help="tensorboard, wandb, mlflow or aim, separated by commas"),
+    seed: int = typer.Option(0, help="of order and dropout"),
+    processes: int = typer.Option(1, min=1, help="how many train together on this machine"),
+    **settings: Any,
+) -> None:
+    "Train a language model on texts; called again after a stop, it goes on."
+    chosen = TrainingConfig(**given(settings, TrainingConfig))
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        from truthgpt_nb.launch import run_again
+
+        raise typer.Exit(run_again(processes, sys.argv[1:]))
+    from truthgpt_nb.launch import train_text
+
+    options: dict[str, Any] = {"rows": rows, "max_length": max_length, "pack": pack, "seed": seed}
+    report = train_text(
+        data if len(data) > 1 else data[0],
+        model,
+        output,
+        chosen,
+        validation=validation,
+        trackers=_names(trackers) or (),
+        **options,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        _tell(f"{report!r}\n")
 
 
 @_app.command("optimize")

@@ -24,14 +24,24 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .checkpoint import CheckpointManager, EMAManager, rng_state, set_rng_state
+from truthgpt_nb.checkpoint import (
+    CheckpointManager,
+    EMAManager,
+    ShardedOptimizer,
+    is_sharded,
+    resume_sharded,
+    rng_state,
+    save_sharded,
+    set_rng_state,
+)
 from .configs import TrainingConfig, to_dict, updated
 from .core import ConfigError, InputError, Table, subplots
 from .devices import device_of, evaluating, seeded
 
 # %% auto #0
-__all__ = ['next_token', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share', 'parameter_groups', 'TrainingStep',
-           'Evaluation', 'TrainingReport', 'evaluate', 'on_device', 'StopRequest', 'stoppable', 'Guard', 'Trainer']
+__all__ = ['next_token', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share', 'parameter_groups', 'MuonAdamW',
+           'TrainingStep', 'Evaluation', 'TrainingReport', 'evaluate', 'on_device', 'StopRequest', 'stoppable', 'Guard',
+           'Trainer']
 
 # %% ../nbs/api/16_trainer.ipynb #8edb17f3
 _Batch = dict[str, Any]
@@ -94,6 +104,64 @@ def parameter_groups(
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+# %% ../nbs/api/16_trainer.ipynb #b1ac00d0
+class MuonAdamW(torch.optim.Optimizer):
+    "Muon for the matrices of the layers, AdamW for all else, as one optimizer."
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # a transformers model, or another whose embeddings are nn.Embedding
+        muon_rate: float = 0.02,  # learning rate of the matrices; an update is orthogonal, so this is its size
+        adamw_rate: float = 3e-3,  # learning rate of embeddings, norms and biases
+        weight_decay: float = 0.01,  # of matrices and embeddings
+    ):
+        ends = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
+        output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        ends |= {id(output.weight)} if output is not None else set()
+        groups = parameter_groups(model, weight_decay)
+        trained = [(parameter, group["weight_decay"]) for group in groups for parameter in group["params"]]
+        inner = [parameter for parameter, _ in trained if parameter.ndim == 2 and id(parameter) not in ends]
+        if not inner:
+            step = "Use AdamW, which is what Trainer does when no optimizer is given."
+            raise InputError("model", "must have matrices inside its layers", type(model).__name__, step)
+        own = {id(parameter) for parameter in inner}
+        others = [{"params": [p], "weight_decay": decay} for p, decay in trained if id(p) not in own]
+        fused = device_of(model).type in ("cpu", "cuda")
+        self.muon = torch.optim.Muon(inner, lr=muon_rate, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(_joined(others), lr=adamw_rate, betas=(0.9, 0.95), fused=fused)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        "The two work on the groups and the state that are seen from outside."
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]  # torch's is overloaded
+        self,
+        closure: Callable[[], float] | None = None,  # gives the loss, as in torch
+    ) -> float | None:  # what the closure gave
+        "One update of all weights."
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "One group for each weight decay."
+    decays = sorted({group["weight_decay"] for group in groups})
+    return [
+        {"params": [p for group in groups if group["weight_decay"] == decay for p in group["params"]]}
+        | {"weight_decay": decay}
+        for decay in decays
+    ]
 
 # %% ../nbs/api/16_trainer.ipynb #ee398f35
 @dataclass(frozen=True)
@@ -176,7 +244,6 @@ class TrainingReport:
         return self.table()._repr_html_()
 
 
-@torch.no_grad()
 def evaluate(
     model: torch.nn.Module,  # any module that the objective takes
     batches: Iterable[_Batch],  # read once, from its beginning
@@ -184,11 +251,21 @@ def evaluate(
     step: int = 0,  # for the record
 ) -> Evaluation:  # mean loss over all items
     "The loss on some text; random numbers and modes are as before afterwards."
+    return _mean(step, *_measured(model, batches, objective))
+
+
+@torch.no_grad()
+def _measured(model: torch.nn.Module, batches: Iterable[_Batch], objective: Objective) -> tuple[float, int]:
+    "The sum of the losses, and of how many."
     device, total, items = device_of(model), 0.0, 0
     with evaluating(model), seeded(0):
         for batch in batches:
             total += float(objective.loss(model, on_device(batch, device)))
             items += objective.count(batch)
+    return total, items
+
+
+def _mean(step: int, total: float, items: int) -> Evaluation:
     if not items:
         raise InputError("batches", "must hold something to measure", "no items", "Pass some text with labels.")
     return Evaluation(step, total / items, items)
@@ -279,8 +356,30 @@ class _Processes:
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.main = self.rank == 0
 
+    @property
+    def deepspeed(self) -> bool:
+        return self.accelerator is not None and self.accelerator.distributed_type == "DEEPSPEED"
+
     def prepared(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
-        return (model, optimizer) if self.accelerator is None else self.accelerator.prepare(model, optimizer)
+        if self.accelerator is None or any(map(is_sharded, model.parameters())):  # sharded by hand: all is done
+            return model, optimizer
+        if self.deepspeed:  # its file must say a batch size, which nothing here depends on
+            plan = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            plan |= {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1}
+            plan.pop("train_batch_size", None)
+        return self.accelerator.prepare(model, optimizer)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        "Add to the gradients."
+        if self.deepspeed:
+            self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)  # and takes the step itself
+        else:
+            loss.backward()
+
+    def share(self, batches: Any) -> Any:
+        "What this process reads of some data that can be divided and is not yet."
+        whole = self.count > 1 and getattr(batches, "world", None) == 1 and hasattr(batches, "for_rank")
+        return batches.for_rank(self.rank, self.count) if whole else batches
 
     def total(self, number: float, device: torch.device) -> float:
         "A number, added up over all processes."
@@ -290,6 +389,9 @@ class _Processes:
 
     def exchanging(self, model: Any, now: bool) -> AbstractContextManager[Any]:
         "Inside, gradients are kept for later unless they are to be exchanged now."
+        if hasattr(model, "set_requires_gradient_sync"):  # FSDP2, which is told so before each pass
+            model.set_requires_gradient_sync(now)
+            return nullcontext()
         return nullcontext() if now or self.accelerator is None else self.accelerator.no_sync(model)
 
     def anywhere(self, flag: bool, device: torch.device) -> bool:
@@ -305,9 +407,10 @@ class _Processes:
         return gather_object([thing])
 
     def clip(self, parameters: list[torch.Tensor], most: float) -> float:
-        if self.accelerator is None:
-            return float(torch.nn.utils.clip_grad_norm_(parameters, most))
-        return float(self.accelerator.clip_grad_norm_(parameters, most))
+        own = self.deepspeed or (self.accelerator is not None and not any(map(is_sharded, parameters)))
+        clip = self.accelerator.clip_grad_norm_ if own else torch.nn.utils.clip_grad_norm_
+        norm: Any = clip(parameters, most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class _RandomStates:
@@ -343,7 +446,8 @@ def _accelerator_if_many() -> Any:
         return None
     from accelerate import Accelerator
 
-    return Accelerator()
+    alone = not (torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
+    return Accelerator(cpu=alone)  # which does not see several processes on a CPU unless it is told
 
 # %% ../nbs/api/16_trainer.ipynb #9cfa7e86
 _Callback = Callable[["Trainer", str], None]
@@ -368,28 +472,33 @@ class Trainer:
         **settings: Any,  # settings of TrainingConfig, such as steps or learning_rate
     ):
         self.config = _checked(updated(config or TrainingConfig(), **settings), model, folder, validation)
-        self.batches, self.validation, self.objective = batches, validation, objective
         self.callbacks, self.processes = tuple(callbacks), _Processes(accelerator or _accelerator_if_many())
-        self.bare = _prepared(model, self.config)
+        self.batches, self.validation = map(self.processes.share, (batches, validation))
+        self.objective = objective
+        self.bare = _prepared(_unwrapped(model), self.config)
         self.device = device_of(model) if self.processes.accelerator is None else self.processes.accelerator.device
         if optimizer is None:
             optimizer = _adamw(model, self.config)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = self.processes.prepared(model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.sharded = any(map(is_sharded, self.parameters))
         self.ema = EMAManager(self.bare, self.config.ema) if self.config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type) if self.config.precision == "fp16" else None
-        self.guard = Guard(self.config.spike)
+        self.guard, self._clock = Guard(self.config.spike), time.perf_counter()
         self.stop: str | None = None  # why it is to end
         self.step = self.without_gain = 0
         self.steps: list[TrainingStep] = []
         self.evaluations: list[Evaluation] = []
-        self.total = _planned(self.config, batches)
+        self.total = _planned(self.config, self.batches)
         self.checkpoints = self._manager(folder)
 
     def _manager(self, folder: str | Path | None) -> CheckpointManager | None:
         if folder is None:
             return None
+        if self.processes.deepspeed:
+            step = "Leave folder out, and call trainer.model.save_checkpoint in a callback; or use FSDP2."
+            raise InputError("folder", "cannot be used with DeepSpeed, which pickles its own checkpoints", folder, step)
         if not hasattr(self.batches, "load_state_dict"):
             step = "Make them with DataLoaderBuilder, or leave folder out."
             raise InputError("batches", "must have a state to be resumed", type(self.batches).__name__, step)
@@ -402,18 +511,18 @@ class Trainer:
     ) -> TrainingReport:  # shows itself as a table
         "Train to the end, or until something ends it."
         if resume and self.checkpoints is not None:
-            self.checkpoints.resume(self.parts())
+            self._resume()
         self.stop = None
         self.model.train()
         self._tell("start")
         saved = self.step
-        with stoppable() as request, self._bar(progress) as bar:
+        with self._watched(), stoppable() as request, self._bar(progress) as bar:
             windows, self._clock = self._windows(), time.perf_counter()
             while self.step < self.total and self.stop is None:
                 window = next(windows)
                 if self.step == saved:
                     self._check(window)
-                self._update(window)
+                self._update(window, rate_share((self.step + 1) / self.total, self.config))
                 bar.update()
                 self._look_around(bar)
                 if self.processes.anywhere(bool(request), self.device):
@@ -424,6 +533,15 @@ class Trainer:
             self.checkpoints.wait()
         self._tell("end")
         return self.report()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.stop = f"failed: {type(error).__name__}"
+            self._tell("failed")
+            raise
 
     def _check(self, window: list[_Batch]) -> None:
         "What would fail far inside the model, or train on nonsense."
@@ -436,17 +554,18 @@ class Trainer:
                     step = "Use the tokenizer that belongs to the model; -100 marks what has no label."
                     raise InputError(name, f"must be from 0 to {most - 1}", int(wrong[0]), step)
 
-    def _update(self, window: list[_Batch]) -> None:
-        "One step of the optimizer, on all batches of a window."
+    def _update(self, window: list[_Batch], share: float) -> None:
+        "One step of the optimizer, on all batches of a window, with a share of the learning rate."
         window = [on_device(batch, self.device) for batch in window]
         items = self.processes.total(sum(map(self.objective.count, window)), self.device)
-        self._set_rate()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(window, 1):
             with self.processes.exchanging(self.model, number == len(window)):
                 with self._autocast():
                     part = self.objective.loss(self.model, batch) * (self.processes.count / max(1.0, items))
-                (part if self.scaler is None else self.scaler.scale(part)).backward()
+                self.processes.backward(part if self.scaler is None else self.scaler.scale(part), number == len(window))
             loss += part.detach()
         norm = self._clipped_norm()
         problem = self.guard.problem(norm) if items else "no item has a label"
@@ -461,11 +580,6 @@ class Trainer:
         facts = mean, norm, self.optimizer.param_groups[0]["lr"], int(items), now - self._clock, problem is not None
         self.steps.append(TrainingStep(self.step, *facts))
         self._clock = now
-
-    def _set_rate(self) -> None:
-        share = rate_share((self.step + 1) / self.total, self.config)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
 
     def _autocast(self) -> AbstractContextManager[Any]:
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -501,8 +615,7 @@ class Trainer:
         assert self.checkpoints is not None
         self.checkpoints.wait()
         self.processes.total(0.0, self.device)  # no process reads before the one that writes is done
-        weights = {name: part for name, part in self.parts().items() if name in ("model", "optimizer", "ema", "scaler")}
-        self.checkpoints.resume(weights, ignore=self.parts().keys() - weights.keys())
+        self._resume(only=("model", "optimizer", "ema", "scaler"))
 
     # data
 
@@ -537,10 +650,13 @@ class Trainer:
         self._show(bar)
 
     def _evaluation(self) -> Evaluation:
+        "The mean over the validation data of all processes, of which each measures its own."
         assert self.validation is not None
         average = nullcontext() if self.ema is None else self.ema.swapped()
         with average, self._autocast():
-            return evaluate(self.model, self.validation, self.objective, self.step)
+            total, items = _measured(self.model, self.validation, self.objective)
+        total, count = (self.processes.total(number, self.device) for number in (total, items))
+        return _mean(self.step, total, int(count))
 
     def _judge(self) -> None:
         "Whether there is still a gain."
@@ -570,9 +686,21 @@ class Trainer:
 
     def parts(self) -> dict[str, Any]:  # what has a state_dict each
         "All that the rest of the run depends on, by name."
-        held = {"model": self.bare, "optimizer": self.optimizer, "ema": self.ema, "scaler": self.scaler}
+        optimizer = ShardedOptimizer(self.bare, self.optimizer) if self.sharded else self.optimizer
+        held = {"model": self.bare, "optimizer": optimizer, "ema": self.ema, "scaler": self.scaler}
         held |= {"data": self.batches, "guard": self.guard, "trainer": self, "random": _RandomStates(self.processes)}
         return {name: part for name, part in held.items() if part is not None}
+
+    def _resume(self, only: Sequence[str] = ()) -> None:
+        "Take up the last checkpoint, or some parts of it."
+        assert self.checkpoints is not None
+        every = self.parts()
+        parts = {name: part for name, part in every.items() if not only or name in only}
+        ignore = every.keys() - parts.keys()
+        if self.sharded:
+            resume_sharded(self.checkpoints, parts, any_processes=True, ignore=ignore)  # what cannot go on is warned of
+        else:
+            self.checkpoints.resume(parts, ignore=ignore)
 
     def _save(self, saved: int) -> int:
         "Save once at a step; the number of the step that is saved now."
@@ -580,11 +708,12 @@ class Trainer:
             return saved
         parts = self.parts()
         parts["random"] = parts["random"].state_dict()  # by all processes together
-        if not self.processes.main:
-            return self.step
         here = [one.loss for one in self.evaluations if one.step == self.step]
         metrics = {"loss": here[-1]} if here else {}
-        self.checkpoints.save(self.step, parts, metrics)
+        if self.sharded:
+            save_sharded(self.checkpoints, self.step, parts, metrics)
+        elif self.processes.main:
+            self.checkpoints.save(self.step, parts, metrics)
         self._tell("checkpoint")
         return self.step
 
@@ -593,7 +722,12 @@ class Trainer:
         records = {"steps": [list(vars(one).values()) for one in self.steps]}
         records |= {"evaluations": [list(vars(one).values()) for one in self.evaluations]}
         counters = {"step": self.step, "without_gain": self.without_gain}
-        return counters | records | {"config": to_dict(self.config), "total": self.total}
+        states = {name: one.state_dict() for name, one in self._remembering()}
+        return counters | records | {"config": to_dict(self.config), "total": self.total, "callbacks": states}
+
+    def _remembering(self) -> Iterator[tuple[str, Any]]:
+        "The callbacks that have a state, by their names."
+        return ((type(one).__name__, one) for one in self.callbacks if hasattr(one, "load_state_dict"))
 
     def load_state_dict(
         self,
@@ -609,6 +743,9 @@ class Trainer:
         if other:
             warnings.warn(f"the run goes on with other settings: {', '.join(other)}", stacklevel=2)
         self.step, self.without_gain = state["step"], state["without_gain"]
+        for name, one in self._remembering():
+            if name in state["callbacks"]:
+                one.load_state_dict(state["callbacks"][name])
         self.steps = [TrainingStep(*values) for values in state["steps"]]
         self.evaluations = [Evaluation(*values) for values in state["evaluations"]]
 
@@ -637,6 +774,19 @@ def _checked(config: TrainingConfig, model: Any, folder: Any, validation: Any) -
         step = "Pass validation, or leave it out."
         raise ConfigError("evaluate_every", "must come with validation data", config.evaluate_every, step)
     return config
+
+
+def _unwrapped(model: Any) -> Any:
+    "The model inside torch's wrappers; what is better than the one, and too early for the other."
+    if isinstance(model, torch.nn.DataParallel):
+        why = "it copies the model at each step, and one process feeds all devices"
+        warnings.warn(
+            f"DataParallel is slow: {why}. Start a process for each: truthgpt train --processes", stacklevel=3
+        )
+        return model.module
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise InputError("model", "must not be wrapped yet", "DistributedDataParallel", "Pass model.module.")
+    return model
 
 
 def _prepared(model: Any, config: TrainingConfig) -> Any:
