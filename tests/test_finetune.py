@@ -476,6 +476,34 @@ def test_an_adapter_on_four_bits_learns_and_leaves_the_weights_alone(tmp_path):
         finetune(load_in_four_bits("tiny-english", device="cpu"), RECORDS, method="full", **QUICK)
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: the extra qlora")
+def test_gradients_through_four_bits_are_those_through_the_same_weights_in_float32():
+    from bitsandbytes import functional, nn
+
+    coarse, fine = load_in_four_bits("tiny-english", device="cpu"), load_text_model("tiny-english")
+    for name, layer in coarse.model.named_modules():
+        if isinstance(layer, nn.Linear4bit):
+            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            fine.model.get_submodule(name).weight.data.copy_(weight)
+    found = []
+    for text_model in (coarse, fine):
+        manager = ModelManager(text_model)
+        torch.manual_seed(0)
+        attach_adapter(manager, FinetuneConfig(rank=2))
+        logits(manager.model)  # in eval mode first, as a run measures first
+        ids = torch.randint(5, 4000, (2, 16), generator=torch.Generator().manual_seed(1))
+        manager.model.train()(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in manager.model.named_parameters() if "lora_" in name})
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, atol=1e-7, rtol=1e-4)
+    packing = load_in_four_bits("tiny-english", device="cpu")
+    for layer in packing.model.modules():
+        if isinstance(layer, nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = True
+    with pytest.raises(InputError, match="no gradient passes them"):
+        finetune(packing, RECORDS, method="lora", **QUICK)
+
+
 # files
 
 
