@@ -22,6 +22,12 @@ def truthgpt(*arguments, cwd, **options):
     )
 
 
+def examples():
+    "Forty questions and their answers, as JSONL."
+    asked = [{"prompt": f"Is {n} even?", "completion": " Yes." if n % 2 == 0 else " No."} for n in range(40)]
+    return "".join(json.dumps(one) + "\n" for one in asked)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +55,14 @@ def truthgpt(*arguments, cwd, **options):
         (["optimize", "--compile-mode", "fast"], "--compile-mode"),
         (["profile", "--trace", "trace.txt"], "--trace must be a path"),
         (["profile", "--top", "0"], "--top should be greater than or equal to 1"),
+        (["finetune", "data.jsonl"], "--output"),
+        (["finetune", "none.jsonl", "--output", "out"], "DATA must name files that exist"),
+        (["finetune", "data.jsonl", "--output", "out", "--method", "lroa"], "Did you mean 'lora'?"),
+        (["finetune", "data.jsonl", "--output", "out", "--rank", "0"], "--rank should be greater than or equal to 1"),
+        (["finetune", "data.jsonl", "--output", "out", "--method", "full", "--rank", "4"], "--rank is of an adapter"),
+        (["finetune", "data.jsonl", "--output", "out", "--targets", "qproj"], "Did you mean 'q_proj'?"),
+        (["finetune", "data.jsonl", "--output", "a_file"], "--output must be a folder"),
+        (["finetune", "broken.jsonl", "--output", "out"], "broken.jsonl, line 1"),
         (
             ["cache", "stats", "--cache-dir", "nowhere"],
             "--cache-dir must be a folder that holds a cache, got 'nowhere'",
@@ -60,6 +74,8 @@ def truthgpt(*arguments, cwd, **options):
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     (tmp_path / "a_file").write_text("this is a file")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
+    (tmp_path / "data.jsonl").write_text(examples())
     result = truthgpt(*arguments, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
@@ -67,7 +83,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert (tmp_path / "a_file").read_text() == "this is a file"
-    assert not (tmp_path / "truthgpt-report").exists()
+    assert not (tmp_path / "truthgpt-report").exists() and not (tmp_path / "out").exists()
 
 
 def test_prompts_come_from_the_standard_input_and_output_can_be_piped(tmp_path):
@@ -114,6 +130,30 @@ def test_ctrl_c_ends_the_demo_in_one_line_and_leaves_no_half_report(tmp_path):
     assert command.returncode == 130
     assert errors.strip() == "truthgpt: interrupted"
     assert list((tmp_path / "truthgpt-report").iterdir()) == []
+
+
+def test_ctrl_c_ends_fine_tuning_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    (tmp_path / "data.jsonl").write_text(examples())
+    quick = ["--batch-tokens", "256", "--max-length", "32", "--learning-rate", "0.01", "--samples", "0"]
+    arguments = ["finetune", "data.jsonl", "--output", "out", "--steps", "100000", "--save-every", "5", *quick]
+    before: list = []
+    for _ in range(2):
+        there = set(tmp_path.glob("out/checkpoints/*-step-*"))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
+        command = subprocess.Popen([*COMMAND, *arguments], cwd=tmp_path, env=ENVIRONMENT, **pipes)
+        until = time.monotonic() + 240
+        while not set(tmp_path.glob("out/checkpoints/*-step-*")) - there and time.monotonic() < until:
+            time.sleep(0.1)
+        command.send_signal(signal.SIGINT)
+        out, errors = command.communicate(timeout=240)
+        assert command.returncode == 130, errors
+        assert errors.strip().splitlines()[-1] == "truthgpt: interrupted"
+        assert "stopped by SIGINT" in out
+        record = json.loads((tmp_path / "out/report.json").read_text())
+        steps = record["training"]["steps"]
+        assert record["held_out"]["documents"] == 8
+        assert len(steps) > len(before) and steps[: len(before)] == before
+        before = steps
 
 
 def test_the_second_demo_replaces_the_report_of_the_first(tmp_path):

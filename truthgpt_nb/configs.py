@@ -19,7 +19,7 @@ from .core import ConfigError, Table, TruthGPTError, nearest
 # %% auto #0
 __all__ = ['T', 'config', 'to_dict', 'from_dict', 'to_json', 'from_json', 'to_toml', 'from_toml', 'schema', 'describe', 'updated',
            'ModelConfig', 'GenerationConfig', 'InferenceConfig', 'CacheConfig', 'EvidenceConfig', 'Tolerance',
-           'OptimizationConfig', 'ProfileConfig', 'TrainingConfig']
+           'OptimizationConfig', 'ProfileConfig', 'TrainingConfig', 'FinetuneConfig']
 
 # %% ../nbs/api/01_configs.ipynb #b0b38ff4
 T = TypeVar("T")
@@ -403,3 +403,50 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.patience is not None and self.evaluate_every is None:
             raise ConfigError("patience", "counts evaluations", self.patience, "Set evaluate_every too.")
+
+# %% ../nbs/api/01_configs.ipynb #f17e0002
+@config
+class FinetuneConfig:
+    "What of a model is trained, and what decides whether it stays."
+
+    method: Literal["lora", "dora", "qlora", "full"] = Field(
+        default="lora", description="an adapter of two factors, one with lengths apart, one on 4-bit weights, or all"
+    )
+    rank: int = Field(default=8, ge=1, le=4096, description="width of the factors of an adapter")
+    alpha: float | None = Field(
+        default=None, gt=0, description="an adapter's effect is scaled by alpha / rank; twice the rank if not given"
+    )
+    rslora: bool = Field(default=False, description="whether that effect is scaled by alpha / √rank instead")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of an adapter's inputs left out in training")
+    targets: tuple[str, ...] = Field(
+        default=(), description="names of the layers with an adapter; all linear ones but the last if empty"
+    )
+    max_length: int | None = Field(
+        default=None, ge=2, description="tokens of an example; 1024 or what the model takes if not given"
+    )
+    too_long: Literal["cut", "split", "skip", "refuse"] = Field(
+        default="cut", description="what happens to a longer example"
+    )
+    batch_tokens: int = Field(default=2048, ge=2, description="tokens of a batch at most, padding counted")
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto", description="several examples in a row; auto: where the model keeps them apart"
+    )
+    held_out: float = Field(
+        default=0.1, gt=0, le=0.5, description="share of the examples to judge by, where there are no others for that"
+    )
+    level: float = Field(
+        default=0.99, gt=0.5, lt=1, description="confidence with which the held-out loss has to have fallen"
+    )
+    forgetting: float | None = Field(
+        default=None, ge=0, description="most nats a token that unrelated text may lose; only reported if not given"
+    )
+    samples: int = Field(default=3, ge=0, le=100, description="how many texts to write before and after")
+    sample_tokens: int = Field(default=48, ge=1, description="tokens of each of them")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of order, adapters and dropout")
+
+    def __post_init__(self) -> None:
+        unset = {"rank": 8, "alpha": None, "rslora": False, "dropout": 0.0, "targets": ()}
+        for name in unset if self.method == "full" else ():
+            if (value := getattr(self, name)) != unset[name]:
+                step = "Take another method, or leave it out."
+                raise ConfigError(name, "is of an adapter, and method='full' trains none", value, step)
