@@ -139,11 +139,16 @@ def test_layouts_convert_weight_and_bias_for_grouped_heads_and_partial_rotation(
         (lambda: RotaryPositionalEmbedding(8, layout="halves"), "half or interleaved"),
         (lambda: RotaryPositionalEmbedding(2, scaling={"rope_type": "dynamic", "factor": 2.0}), "at least 4"),
         (lambda: RotaryPositionalEmbedding(8, scaling={"rope_type": "linear"}), "must have factor for linear"),
-        (lambda: RotaryPositionalEmbedding(8, scaling={"rope_type": "linear", "factor": 0.5}), "factor of at least 1"),
+        (
+            lambda: RotaryPositionalEmbedding(8, scaling={"rope_type": "linear", "factor": 0.5}),
+            "a number of at least 1",
+        ),
         (
             lambda: RotaryPositionalEmbedding(8, scaling={"rope_type": "linear", "factor": 2.0, "bta": 1}),
             "of linear only",
         ),
+        (lambda: RotaryPositionalEmbedding(8, scaling="yarn"), "scaling must be a mapping"),
+        (lambda: RotaryPositionalEmbedding(8, scaling={"rope_type": "linear", "factor": "2"}), "that is a number"),
         (lambda: RotaryPositionalEmbedding(8).turned(torch.ones(1, 2, 3, 4)), "head_dim at least 8"),
         (lambda: RotaryPositionalEmbedding(8).turned(torch.ones(1, 1, 2, 8), torch.tensor([0, -1])), "not be negative"),
         (lambda: RotaryPositionalEmbedding(8).turned(torch.ones(1, 1, 2, 8), torch.rand(2)), "whole numbers"),
@@ -441,6 +446,7 @@ def test_a_kernel_that_fails_is_replaced_and_said_but_torch_itself_is_not(monkey
     [
         (lambda q, k, v: attend(q, k, v[:, :, 1:]), "heads of q that those of k and v divide"),
         (lambda q, k, v: attend(q[0], k[0], v[0]), "must be"),
+        (lambda q, k, v: attend(q, k.bfloat16(), v), "of one type and on one device"),
         (lambda q, k, v: attend(q, k[:, :, :9], v[:, :, :9], AttentionMask(True)), "no more than 9 tokens"),
         (lambda q, k, v: attend(q, k, v, AttentionMask(visible=torch.ones(2, 3, 96, 96) > 0)), "visible must go with"),
         (lambda q, k, v: attend(q, k, v, AttentionMask(documents=PACKED[:1])), "one number for each key"),
@@ -621,7 +627,7 @@ def test_a_layer_copies_casts_compiles_and_trains():
     layer.train()
     assert not torch.equal(layer(x), layer(x))  # dropout
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        assert layer(x).dtype == made(LAYERS[1])(x).dtype == torch.bfloat16
 
 
 def test_the_weights_of_a_layer_are_those_it_uses():
@@ -648,6 +654,10 @@ def test_the_weights_of_a_layer_are_those_it_uses():
         (lambda: made({})(torch.randn(2, 3, 32), torch.ones(2, 4)), "attention_mask must be"),
         (lambda: made({})(torch.randn(2, 3, 32), position_ids=torch.arange(4)), "position_ids must be"),
         (lambda: made({})(torch.randn(2, 3, 32), cu_seqlens=torch.tensor([0, 3])), "cu_seqlens must end with seq"),
+        (lambda: made({})(torch.randn(2, 3, 32), position_ids=torch.zeros(3, 3).long()), "of a batch of 2"),
+        (lambda: made({})(torch.randn(1, 3, 32), cu_seqlens=[0, 3]), "boundaries"),
+        (lambda: made({})(torch.randn(2, 3, 32), cache={}), "cache must be a KVCache"),
+        (lambda: EfficientAttention(32, 4, rope="yes"), "rope must be"),
         (lambda: packed_documents(torch.arange(3)), "batch, seq"),
     ],
 )

@@ -152,6 +152,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'truthgpt_nb/attention.py'),
                                        'truthgpt_nb.attention._checked_scaling': ( 'api/attention.html#_checked_scaling',
                                                                                    'truthgpt_nb/attention.py'),
+                                       'truthgpt_nb.attention._chosen_anew': ( 'api/attention.html#_chosen_anew',
+                                                                               'truthgpt_nb/attention.py'),
                                        'truthgpt_nb.attention._compiled_flex': ( 'api/attention.html#_compiled_flex',
                                                                                  'truthgpt_nb/attention.py'),
                                        'truthgpt_nb.attention._computed': ('api/attention.html#_computed', 'truthgpt_nb/attention.py'),

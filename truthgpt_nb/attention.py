@@ -137,7 +137,7 @@ def _check_dropout(dropout: float) -> float:
         raise InputError("dropout", "must be at least 0 and below 1", dropout, "Pass 0 to have none.")
     return float(dropout)
 
-# %% ../nbs/api/05_attention.ipynb #ba9c97fc
+# %% ../nbs/api/05_attention.ipynb #03b67159
 _SCALINGS: dict[str, tuple[set[str], set[str]]] = {  # what each needs, and what it may have
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -152,6 +152,8 @@ _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # said b
 
 
 def _checked_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(scaling, Mapping | None):
+        raise InputError("scaling", "must be a mapping", scaling, "Such as {'rope_type': 'linear', 'factor': 2.0}.")
     settings = dict(scaling or {})
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in _SCALINGS:
@@ -165,10 +167,9 @@ def _checked_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
         if name not in needed | allowed | {"original_max_position_embeddings"}:
             step = unknown_name(name, sorted(needed | allowed))
             raise InputError("scaling", f"must have settings of {kind} only", name, step)
-    if not given.get("factor", 1.0) >= 1:
-        raise InputError(
-            "scaling", "must have a factor of at least 1", given["factor"], "4 is for texts 4 times as long."
-        )
+    if not isinstance(factor := given.get("factor", 1.0), int | float) or not factor >= 1:
+        step = "4 is for texts 4 times as long."
+        raise InputError("scaling", "must have a factor that is a number of at least 1", factor, step)
     return {"rope_type": kind} | given
 
 
@@ -441,7 +442,7 @@ def seen_keys(
     "Where a mask lets a query see a key; the lowest number of a type counts as minus infinity."
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
 
-# %% ../nbs/api/05_attention.ipynb #aa1f275c
+# %% ../nbs/api/05_attention.ipynb #a498bd22
 def packed_documents(
     position_ids: torch.Tensor,  # [batch, seq]; they restart where a document begins
     tokens: torch.Tensor | None = None,  # [batch, seq], True where a token is and not padding
@@ -464,10 +465,13 @@ def documents_between(
     cu_seqlens: torch.Tensor,  # [documents + 1], where each begins in the row of all tokens: 0, …, total
 ) -> torch.Tensor:  # [1, total], a number for each document
     "Number the documents of one row from their boundaries."
-    ends = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
+    ends = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.ndim == 1 else []
     if len(ends) < 2 or ends[0] != 0 or ends != sorted(ends):
         raise InputError(
-            "cu_seqlens", "must be boundaries that begin with 0 and rise", cu_seqlens, "Such as [0, 5, 9]."
+            "cu_seqlens",
+            "must be boundaries that begin with 0 and rise",
+            cu_seqlens,
+            "Such as torch.tensor([0, 5, 9]).",
         )
     lengths = cu_seqlens.diff().long()
     return torch.arange(len(lengths), device=cu_seqlens.device).repeat_interleave(lengths)[None]
@@ -850,7 +854,7 @@ def _refusal_of_flash(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> 
     windowed = mask.window is not None or (mask.causal and q.shape[2] != k.shape[2])
     return "SDPA's flash kernel takes no window" if windowed and not _has_flash_package() else None
 
-# %% ../nbs/api/05_attention.ipynb #7cddf7cd
+# %% ../nbs/api/05_attention.ipynb #84b6cf07
 @dataclass(frozen=True)
 class BackendChoice:
     "What computes a call."
@@ -929,6 +933,9 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Attent
     if not fits or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         rule = "must be [batch, heads, seq, head_dim], with heads of q that those of k and v divide"
         raise InputError("q, k, v", rule, shapes, "Check the order of the dimensions.")
+    if len({(x.dtype, x.device) for x in (q, k, v)}) > 1:
+        kinds = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
+        raise InputError("q, k, v", "must be of one type and on one device", kinds, "Convert them with .to().")
     expected = (q.shape[0], k.shape[2])
     if mask.documents is not None and tuple(mask.documents.shape) != expected:
         rule = f"must have one number for each key, {list(expected)}"
@@ -982,31 +989,36 @@ def _computed(
         kernel = partial(_guarded, kernel)
     return _cut_up(kernel, q, k, v, mask, dropout, scale)
 
-# %% ../nbs/api/05_attention.ipynb #7ad1bd49
+# %% ../nbs/api/05_attention.ipynb #eb5fc979
 _MARGIN = 1.1  # how much faster than SDPA another has to be
 _SECONDS, _SAMPLES, _DECIDED = 0.2, 5, 1.5  # of measuring; at most; a first call so much slower is the last
 _MOST_WEIGHTS = 2**28  # numbers in the definition's matrix
 _REVISION = 1  # of the kernels: those that were timed before have changed
-_chosen: dict[tuple[str, str, str], str] = {}
+_chosen: dict[tuple[str, int, str], BackendChoice] = {}  # by device, threads and case, in this process
 
 
 def _fastest(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask, training: bool) -> BackendChoice:
     if torch.compiler.is_compiling():
         return BackendChoice("auto", "torch", "nothing is measured while torch.compile traces")
+    case = _case(q, k, mask, training)
+    known = q.device.type, torch.get_num_threads(), case
+    if known not in _chosen:
+        _chosen[known] = _chosen_anew(q, k, mask, training, case)
+    return _chosen[known]
+
+
+def _chosen_anew(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask, training: bool, case: str) -> BackendChoice:
     candidates = [name for name in ("torch", "eager", "flash", "xformers") if _may_win(name, q, k, mask, training)]
     if len(candidates) == 1:
-        return BackendChoice("auto", "torch", "the only one that may be faster")
-    file, case = user_cache_dir() / "attention.json", _case(q, k, mask, training) + f": {', '.join(candidates)}"
-    place = _place(q.device.type, torch.get_num_threads())
-    known = str(file), place, case
-    if known not in _chosen:
-        times = _recalled(file, place, case, candidates)
-        if times is None:
-            times = attention_seconds(q, k, mask, candidates, training)
-            _remember(file, place, case, times)
-        best = min(times, key=lambda name: times[name])
-        _chosen[known] = best if times["torch"] > _MARGIN * times[best] else "torch"
-    return BackendChoice("auto", _chosen[known], f"measured on this machine, for {case}")
+        return BackendChoice("auto", "torch", f"the only one that may be fastest for {case}")
+    file, place = user_cache_dir() / "attention.json", _place(q.device.type, torch.get_num_threads())
+    times = _recalled(file, place, case, candidates)
+    if times is None:
+        times = attention_seconds(q, k, mask, candidates, training)
+        _remember(file, place, case, times)
+    best = min(times, key=lambda name: times[name])
+    used = best if times["torch"] > _MARGIN * times[best] else "torch"
+    return BackendChoice("auto", used, f"measured on this machine, for {case}")
 
 
 def _may_win(name: str, q: torch.Tensor, k: torch.Tensor, mask: AttentionMask, training: bool) -> bool:
@@ -1144,7 +1156,7 @@ class KVCache:
         held = sum(x.nbytes for x in self._held.values())
         return f"KVCache({self.length} tokens, {held:,} bytes)"
 
-# %% ../nbs/api/05_attention.ipynb #262f7d05
+# %% ../nbs/api/05_attention.ipynb #ed3126c8
 class EfficientAttention(nn.Module):
     "Multi-head attention, computed by the backend that was asked for or measured to be the fastest."
 
@@ -1181,6 +1193,8 @@ class EfficientAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
         self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        if not isinstance(rope, bool | RotaryPositionalEmbedding):
+            raise InputError("rope", "must be True, False or a RotaryPositionalEmbedding", rope, "Pass True.")
         self.rope = RotaryPositionalEmbedding(head_dim) if rope is True else rope or None
         if self.rope is not None and self.rope.dim > head_dim:
             rule = f"must turn at most the {head_dim} numbers of a head"
@@ -1222,10 +1236,13 @@ class EfficientAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMask]:
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise InputError("x", f"must be [batch, seq, {self.dim}]", tuple(x.shape), "Check dim and the dimensions.")
+        if not isinstance(cache, KVCache | None):
+            raise InputError("cache", "must be a KVCache of this layer's own", type(cache).__name__, "Pass KVCache().")
         heads = lambda layer: layer(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            exact = self.q_norm.weight.dtype  # autocast multiplies in half precision; what is normalized need not be
+            q, k = self.q_norm(q.to(exact)).to(v.dtype), self.k_norm(k.to(exact)).to(v.dtype)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         documents, visible, positions = _read_masks(x, attention_mask, position_ids, cache, cu_seqlens)
         late = cache is not None and self.rope is not None and self.rope.depends_on_length
@@ -1290,7 +1307,11 @@ def _read_masks(
     if cu_seqlens is not None:
         position_ids = _positions_between(cu_seqlens, x, position_ids)
     if position_ids is not None:
-        position_ids = _check_positions(position_ids, length).to(x.device).expand(batch, length)
+        position_ids = _check_positions(position_ids, length).to(x.device)
+        if position_ids.ndim == 2 and len(position_ids) not in (1, batch):
+            rule = f"must be of a batch of {batch}, as x is"
+            raise InputError("position_ids", rule, len(position_ids), "Pass one row for each.")
+        position_ids = position_ids.expand(batch, length)
     if cache is not None:
         return _with_cache(cache, x, tokens, position_ids, visible)
     if position_ids is not None:
