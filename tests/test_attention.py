@@ -347,6 +347,20 @@ def test_flex_rules_are_the_mask():
         torch.testing.assert_close(out, attend(q, k, v, mask, "eager"), rtol=0, atol=2e-6)
 
 
+def test_flex_beyond_the_limit_of_shapes_is_replaced_and_said(monkeypatch):
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    def beyond(*_):
+        raise FailOnRecompileLimitHit("limit")
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: beyond)
+    monkeypatch.setattr(attention, "compiler_problem", lambda: None)
+    q, k, v = (x.detach() for x in random_heads(torch.float32))
+    with pytest.warns(UserWarning, match="torch instead of flex: RuntimeError: FlexAttention was compiled for"):
+        out = attend(q, k, v, backend="flex")
+    assert torch.equal(out, attend(q, k, v, backend="torch"))
+
+
 # packages that are not here, with stand-ins of the same signature
 
 
@@ -840,6 +854,7 @@ def test_what_a_swap_cannot_do_is_said():
     assert "transformers has no attention by xformers" in swap_attention(small(), "xformers").reason
     assert swap_attention(nn.Linear(2, 2), "torch").reason == "no attention was found"
     assert swap_attention(small(), "eager").verdict == "unverified"
+    assert "flash is SDPA's own flash kernel for cpu" in swap_attention(small(), "flash", IDS).reason
     with pytest.raises(InputError, match="Did you mean 'eager'"):
         swap_attention(small(), "eagr")
     with pytest.raises(InputError, match="must be a module or a pipeline"):
