@@ -5,7 +5,6 @@
 # %% ../nbs/api/16a_callbacks.ipynb #c28a5c23
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
