@@ -1,5 +1,8 @@
 """What would bore a reader of 02b_ledger, 06g_estimate and 11_memory: estimates held against measured processes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -9,6 +12,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     OPTConfig,
     Qwen3Config,
@@ -34,15 +38,13 @@ FAMILIES = {
     "gemma2": Gemma2Config(**SHARED, head_dim=32, sliding_window=128),
     "bert": BertConfig(**SIZES, architectures=["BertForMaskedLM"]),
 }
-CASES = [
+TRAINING = [
     MemorySettings(task="train", batch=4, length=256),
     MemorySettings(task="train", batch=3, length=256, attention="eager", checkpointing=True, optimizer="adamw_fused"),
-    MemorySettings(task="generate", batch=16, length=384, new_tokens=3),
-    MemorySettings(task="forward", batch=6, length=384),
 ]
-DONE = [  # of each family
-    (name, [case for case in CASES if name != "bert" or case.task != "generate"]) for name in FAMILIES
-]
+WRITING = MemorySettings(task="generate", batch=16, length=384, new_tokens=3)
+READING = MemorySettings(task="forward", batch=6, length=384)
+DONE = [(name, [*TRAINING, READING if name in ("bert", "opt") else WRITING]) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +200,28 @@ def test_bad_limits_are_refused(bad):
     if bad is not None:
         with pytest.raises(InputError, match="budget must be"):
             fit_memory("tiny-english", budget=bad)
+
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from truthgpt_nb.ledger import ProcessPeak, return_freed_memory
+small, large, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+return_freed_memory()
+AutoModelForCausalLM.from_pretrained(small, dtype=dtype)  # what is loaded at the first call
+process = ProcessPeak()
+model = AutoModelForCausalLM.from_pretrained(large, dtype=dtype)
+sum(float(p.sum()) for p in model.parameters())
+print(process.bytes() - process.before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_what_was_estimated(dtype, tmp_path):
+    large = LlamaConfig(**SHARED | {"vocab_size": 60_000})
+    for name, config in (("small", FAMILIES["llama"]), ("large", large)):
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large"), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    estimate = estimate_memory(tmp_path / "large", "forward", length=8, dtype=dtype)
+    assert int(done.stdout.splitlines()[-1]) == pytest.approx(estimate.loading, rel=0.15)

@@ -9,6 +9,7 @@ import copy
 import gc
 import inspect
 import json
+import logging
 import math
 import os
 import subprocess
@@ -24,7 +25,7 @@ import torch
 
 from .allocation import peak_memory
 from .configs import Field, config, to_dict, updated
-from .core import InputError, ModelError, Table, format_bytes, format_ratio
+from .core import InputError, ModelError, Table, TruthGPTError, format_bytes, format_ratio
 from .devices import pick_device
 from .ledger import Ledger, ProcessPeak, return_freed_memory
 from .models import context_length, embedded_models, locate_model, quiet_loading
@@ -48,7 +49,9 @@ class MemorySettings:
     autocast: Literal["none", "bfloat16", "float16"] = Field(
         default="none", description="type of the products while training, where it is another one than of the weights"
     )
-    attention: Literal["sdpa", "eager"] = Field(default="sdpa", description="how transformers computes attention")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        default="auto", description="how attention is computed; auto: as transformers chooses for the model"
+    )
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit", "sgd", "sgd_momentum", "none"] = Field(
         default="adamw", description="whose state is kept while training"
     )
@@ -129,7 +132,8 @@ def weightless(
         built: Any = _emptied(model, "meta")
     else:
         made = copy.deepcopy(model_config(model))
-        made._attn_implementation = settings.attention
+        if settings.attention != "auto":
+            made._attn_implementation = settings.attention
         with _building(), torch.device("meta"):
             built = _class_of(made)._from_config(made, dtype=dtype)
     return _with_adapters(built, settings.lora_rank) if settings.lora_rank else built
@@ -147,9 +151,9 @@ def _building() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, ImportError, ZeroDivisionError) as error:
-        if isinstance(error, ModelError | InputError):
+        if isinstance(error, TruthGPTError):
             raise
-        step = "Check the sizes in its config."
+        step = "Check the sizes in its config; pass attention='eager' where it has no sdpa."
         raise ModelError("model", "must be one that transformers can build", error, step) from error
     finally:
         transformers_logging.set_verbosity(before)
@@ -192,14 +196,20 @@ def dry_run(
 
 @contextmanager
 def _tracing(model: Any) -> Iterator[None]:
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
-    kind = type(model).__name__
+    "What cannot be run without values is named: mixtures of experts in float32, ways chosen by values, odd shapes."
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
     try:
+        logger.setLevel(logging.CRITICAL)  # it prints a traceback of its own
         yield
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        step = "Measure a small one with watch_memory instead."
-        raise ModelError(kind, "must not choose its way by the values of tensors", error, step) from error
+    except TruthGPTError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError) as error:
+        step = "Try dtype='bfloat16', or measure a small one with watch_memory."
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(type(model).__name__, "must run on tensors without values", line, step) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _check_length(model: Any, settings: MemorySettings) -> None:
@@ -480,7 +490,7 @@ def _measure_all() -> None:
     sys.stdout.write(json.dumps(figures))
 
 
-def _in_a_fork(job: dict[str, Any], settings: MemorySettings) -> dict[str, int]:
+def _in_a_fork(job: dict[str, Any], settings: MemorySettings) -> dict[str, int | None]:
     import multiprocessing
 
     context: Any = multiprocessing.get_context("fork")
@@ -488,12 +498,26 @@ def _in_a_fork(job: dict[str, Any], settings: MemorySettings) -> dict[str, int]:
     child = context.Process(target=_measure_one, args=(job, settings, send))
     child.start()
     send.close()
-    figures = receive.recv()  # EOFError when it died
+    try:
+        figures = receive.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"it ended with status {child.exitcode}") from None
     child.join()
+    if "error" in figures:
+        raise RuntimeError(figures["error"])
     return figures
 
 
 def _measure_one(job: dict[str, Any], settings: MemorySettings, send: Any) -> None:
+    try:
+        send.send(_peaks(job, settings))
+    except Exception as error:
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        send.send({"error": line})
+
+
+def _peaks(job: dict[str, Any], settings: MemorySettings) -> dict[str, int | None]:
     if not job["as_usual"]:
         return_freed_memory()
     _act(
@@ -505,7 +529,7 @@ def _measure_one(job: dict[str, Any], settings: MemorySettings, send: Any) -> No
     held = (process.bytes() or 0) - process.before
     gc.collect()
     account = peak_memory(lambda: _act(_made(job), settings)) if job["account"] else None
-    send.send({"process": held, "tensors": account})
+    return {"process": held, "tensors": account}
 
 
 def _made(job: dict[str, Any], layers: int | None = None) -> tuple[Any, Any]:
@@ -525,7 +549,8 @@ def _made(job: dict[str, Any], layers: int | None = None) -> tuple[Any, Any]:
 def _act(made: tuple[Any, Any], settings: MemorySettings) -> None:
     "What a user would write."
     cls, config = made
-    config._attn_implementation = settings.attention
+    if settings.attention != "auto":
+        config._attn_implementation = settings.attention
     model = cls._from_config(config, dtype=getattr(torch, settings.dtype))
     if settings.lora_rank:
         from peft import LoraConfig, get_peft_model

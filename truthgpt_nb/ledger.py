@@ -154,7 +154,7 @@ class Ledger:
         for path, module in model.named_modules():
             for kind, held in (("parameters", module._parameters), ("buffers", module._buffers)):
                 self.claim((t for t in held.values() if t is not None and not self._knows(t)), kind, path)
-            self._hooks.append(module.register_forward_pre_hook(lambda *_, path=path: self._path.append(path)))
+            self._hooks.append(module.register_forward_pre_hook(partial(self._arrive, path)))
             self._hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
             for parameter in module._parameters.values():
                 if parameter is None or not parameter.requires_grad:
@@ -166,6 +166,9 @@ class Ledger:
     def _claim_gradient(self, path: str, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self.claim([parameter.grad], "gradients", path)
+
+    def _arrive(self, path: str, *_: Any) -> None:
+        self._path.append(path)
 
     def _leave(self) -> None:
         if self._path:
@@ -200,7 +203,7 @@ class Ledger:
         kind = "logits and loss" if of_logits else "temporary"
         self._event += 1
         block = Block(storage.nbytes(), kind, self._path[-1] if self._path else "", self._event)
-        self._open[storage._cdata] = block, weakref.ref(storage, lambda _, key=storage._cdata: self._gone(key))
+        self._open[storage._cdata] = block, weakref.ref(storage, partial(self._gone, storage._cdata))
         self.blocks.append(block)
         self.held += block.bytes
         if self.held > self.peak:
@@ -209,7 +212,7 @@ class Ledger:
             self._drop()
         return block
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: Any) -> None:
         if key in self._open:  # else the ledger is closed
             self._event += 1
             block, _ = self._open.pop(key)
@@ -319,7 +322,8 @@ def _by_module(blocks: Iterable[Block], depth: int) -> dict[str, dict[str, int]]
 def _place(block: Block, depth: int) -> str:
     if not block.module:
         return "outside the modules" if block.kind in ("temporary", "inputs", "cache") else "the model itself"
-    starred = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", block.module)
+    path = block.module.removeprefix("base_model.model.")  # which peft puts before all names
+    starred = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", path)
     return ".".join(starred.split(".")[:depth])
 
 # %% ../nbs/api/02b_ledger.ipynb #0db7a619
@@ -513,7 +517,7 @@ def watch_memory(
         finally:
             gpu_peak = torch.cuda.max_memory_allocated(gpu) - there if gpu else None
             kept = _made_inside(ledger)
-            figures = ledger.peak - base, ledger.held - base, kept
+            figures = ledger.peak - base, sum(sum(held.values()) for held in kept.values()), kept
             watched.report = BlockMemory(
                 name, *figures, process.before, held_memory(), process.bytes(), gpu_peak, error
             )
