@@ -561,7 +561,7 @@ def _act(made: tuple[Any, Any], settings: MemorySettings) -> None:
         _update_twice(model, settings, ids)
     elif settings.task == "forward":
         with torch.no_grad():
-            model.eval()(input_ids=ids)
+            model.eval()(input_ids=ids, **_without_cache(model))
     else:
         prompt = ids[:, : settings.length - settings.new_tokens]
         count = {"max_new_tokens": settings.new_tokens, "min_new_tokens": settings.new_tokens}
