@@ -25,7 +25,7 @@ import torch
 
 from .allocation import peak_memory
 from .configs import Field, config, to_dict, updated
-from .core import InputError, ModelError, Table, TruthGPTError, format_bytes, format_ratio
+from .core import InputError, ModelError, Table, TruthGPTError, format_bytes
 from .devices import pick_device
 from .ledger import Ledger, ProcessPeak, return_freed_memory
 from .models import context_length, embedded_models, locate_model, quiet_loading
