@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .calibration import STEP_QAT, STEP_QUANTIZE_STATIC
 from .compiling import STEP_COMPILE_BLOCKS, STEP_TORCH_COMPILE
 from .configs import EvidenceConfig, GenerationConfig, OptimizationConfig, Tolerance
 from .core import InputError, Table, format_bytes, format_ratio, format_seconds, subplots, unknown_name
@@ -63,6 +64,8 @@ STEPS: dict[str, Step] = {
         STEP_QUANTIZE_DYNAMIC,
         STEP_INT8_WEIGHT_ONLY,
         STEP_INT4_WEIGHT_ONLY,
+        STEP_QUANTIZE_STATIC,
+        STEP_QAT,
         STEP_INFERENCE_MODE,
         STEP_COMPILE_BLOCKS,
         STEP_TORCH_COMPILE,
@@ -347,18 +350,48 @@ class PerformanceOptimizer:
         "Try each step, keep what helps, and write `report`."
         auto = isinstance(optimizations, str) and optimizations == "auto"
         names = list(STEPS) if auto else check_optimizations(optimizations, compile_mode)  # type: ignore[arg-type]
-        if not isinstance(model, nn.Module):
-            raise InputError("model", "must be a torch module", model, "Pass the model itself.")
+        _check_model(model)
         _check_search(auto, sample, run, more_samples, time_budget)
         timed = [_stacked(sample)] if self.rules.objective == "throughput" and run is None else [sample, *more_samples]
         forward = None if sample is None else lambda model: [call_model(model, each) for each in timed]
         trial = Trial(sample, run or forward, compile_mode, model.training, more_samples, dynamic, calibration, train)
         search = _Search(self, model, trial, measure, time_budget)
-        with evaluating(model), buffers_kept(model):
+        return self.searched(search, search.automatic if auto else search.in_turn, names)
+
+    def optimize_together(
+        self,
+        model: nn.Module,  # the model; it is left as it is
+        optimizations: Sequence[str],  # names of steps
+        compile_mode: str = "default",  # of torch.compile
+        **options: Any,  # sample, run, measure, dynamic and calibration, as optimize_model takes them
+    ) -> nn.Module:  # the model with all of the steps, or the very same object
+        "Try some steps as one, all or nothing."
+        names, known = check_optimizations(list(optimizations), compile_mode), dict(options)
+        _check_model(model)
+        sample, run, measure = known.pop("sample"), known.pop("run", None), known.pop("measure", fidelity)
+        _check_search(True, sample, run, (), None)
+        forward = lambda model: call_model(model, sample)
+        trial = Trial(sample, run or forward, compile_mode, model.training, **known)
+        search = _Search(self, model, trial, measure, None)
+        return self.searched(search, search.as_one, names)
+
+    def searched(
+        self,
+        search: Any,  # the state of a search
+        method: Callable[[Sequence[str]], None],  # how it goes about the steps
+        names: Sequence[str],  # of the steps
+    ) -> nn.Module:  # the best model found
+        "Run a search, and write `report`."
+        with evaluating(search.model), buffers_kept(search.model):
             search.prepare()
-            (search.automatic if auto else search.in_turn)(names)
+            method(names)
         self.report = search.report()
-        return search.best
+        return search.best  # type: ignore[no-any-return]
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError("model", "must be a torch module", model, "Pass the model itself.")
 
 
 def _check_search(auto: bool, sample: Any, run: Any, more_samples: Any, time_budget: float | None) -> None:
@@ -437,6 +470,10 @@ class _Search:
                 self.attempt_all([self.companions(compiler)])
 
         self.until_interrupted(trials)
+
+    def as_one(self, names: Sequence[str]) -> None:
+        "All steps together, or none."
+        self.until_interrupted(lambda: self.attempt_all([list(names)]))
 
     def automatic(self, names: Sequence[str]) -> None:
         "Each step alone, the best first, the others on top of it."
