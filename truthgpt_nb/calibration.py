@@ -48,7 +48,9 @@ def _exported(model: nn.Module, trial: Trial) -> Any:
     several = False
     for other in (*trial.more_samples, *trial.calibration):
         for a, b in zip(first, tensors_in(other), strict=False):
-            open_sizes = {i: torch.export.Dim.AUTO for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=False)) if m != n}
+            open_sizes = {
+                i: torch.export.Dim.AUTO for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=False)) if m != n
+            }
             shapes[a].update(open_sizes)
             several |= bool(open_sizes)
     dynamic = shapes if several else None

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .configs import EvidenceConfig, Tolerance, from_dict, to_dict
-from .core import InputError, Table, format_ratio, unknown_name, write_whole
+from .core import InputError, Table, format_ratio, write_whole
 from .devices import environment, evaluating
 from .evidence import Fidelity, fidelity
-from .optimization import STEPS, OptimizationReport, PerformanceOptimizer, apply_steps, check_optimizations
+from .optimization import OptimizationReport, PerformanceOptimizer, apply_steps, check_optimizations
 from .steps import Trial, call_model
 
 # %% auto #0
@@ -145,7 +144,9 @@ class PlanCheck:
         there, here = self.plan.environment, self.report.environment
         whole = self.report.steps[-1] if self.report.steps else None
         speed = lambda value: format_ratio(value) if value else None
-        rows = [{"what": key, "there": there.get(key), "here": here.get(key)} for key in ("processor", "torch", "threads")]
+        rows = [
+            {"what": key, "there": there.get(key), "here": here.get(key)} for key in ("processor", "torch", "threads")
+        ]
         rows.append({"what": "speed-up", "there": speed(self.plan.speedup), "here": speed(whole and whole.speedup)})
         verdict = f"{whole.verdict}. {whole.reason}" if whole else "the plan is empty"
         return Table(rows, f"{' + '.join(self.plan.steps) or 'no steps'}: {verdict}")
