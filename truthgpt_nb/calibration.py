@@ -53,7 +53,7 @@ def _exported(model: nn.Module, trial: Trial) -> Any:
             }
             shapes[a].update(open_sizes)
             several |= bool(open_sizes)
-    dynamic = shapes if several else None
+    dynamic: Any = shapes if several else None
     return torch.export.export(model, args, named, dynamic_shapes=dynamic).module()
 
 
@@ -77,9 +77,9 @@ def _quietly() -> Iterator[None]:
 def _pt2e(aware: bool) -> tuple[Any, Any]:
     "torchao's flow, and its quantizer for this processor."
     with _quietly():
-        root = "torchao.quantization.pt2e"
-        flow = require(f"{root}.quantize_pt2e", "quant", "for static quantization")
-        x86 = require(f"{root}.quantizer.x86_inductor_quantizer", "quant", "for static quantization")
+        purpose = "for static quantization"
+        flow = require("torchao.quantization.pt2e.quantize_pt2e", "quant", purpose)
+        x86 = require("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", "quant", purpose)
     settings = x86.get_default_x86_inductor_quantization_config(is_qat=aware)
     return flow, x86.X86InductorQuantizer().set_global(settings)
 

@@ -22,11 +22,11 @@ from .evidence import Evidence, Fidelity, compare, describe_error, fidelity
 from .steps import Coverage, Trial, call_model, tensors_in, with_tensors
 
 # %% auto #0
-__all__ = ['Objective', 'Rules', 'changes', 'WritesToInput', 'outputs_of', 'other_input', 'check_samples', 'baseline_problem',
+__all__ = ['Goal', 'Rules', 'changes', 'WritesToInput', 'outputs_of', 'other_input', 'check_samples', 'baseline_problem',
            'buffers_kept', 'ChangesProcess', 'process_kept', 'least_bound', 'held_bytes', 'examine']
 
 # %% ../nbs/api/11g_gates.ipynb #11cbe6d4
-Objective = Literal["latency", "throughput", "memory", "size"]
+Goal = Literal["latency", "throughput", "memory", "size"]
 _LEAST_SAVING = 0.2
 
 
@@ -36,13 +36,13 @@ class Rules:
 
     settings: EvidenceConfig = field(default_factory=EvidenceConfig)  # how it is timed, and what counts as a gain
     tolerance: Tolerance = field(default_factory=Tolerance)  # how far the output may move
-    objective: Objective = "latency"  # what should become less or more
+    objective: Goal = "latency"  # what should become less or more
     least_speed: float = 0.97  # how slow it may become, as a ratio, where memory or size is the objective
     expected_calls: int | None = None  # how often the model will be called; None: any number
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            step = unknown_name(str(self.objective), get_args(Objective))
+        if self.objective not in get_args(Goal):
+            step = unknown_name(str(self.objective), get_args(Goal))
             raise InputError("objective", "must be one that exists", self.objective, step)
         if not isinstance(self.least_speed, int | float) or not 0 < self.least_speed <= 1:
             raise InputError("least_speed", "must be above 0 and at most 1", self.least_speed, "Pass 0.97.")
@@ -303,7 +303,7 @@ def least_bound(
 
 def held_bytes(
     evidence: Evidence,  # of a comparison
-    objective: Objective,  # memory or size
+    objective: Goal,  # memory or size
 ) -> tuple[int, int] | None:  # baseline, candidate; None where it was not measured
     "What is held: weights, and for memory the peak of a call as well."
     sizes, peaks = evidence.size_bytes, evidence.peak_bytes

@@ -23,7 +23,7 @@ from .core import InputError, Table, format_bytes, format_ratio, format_seconds,
 from .devices import device_of, environment, evaluating
 from .evidence import Evidence, Fidelity, Verdict, describe_error, fidelity, logits_fidelity
 from .fusion import STEP_FUSE_CONV_BN
-from .gates import Objective, Rules, baseline_problem, buffers_kept, check_samples, examine, process_kept
+from .gates import Goal, Rules, baseline_problem, buffers_kept, check_samples, examine, process_kept
 from .models import TextModel, context_length
 from .quantization import STEP_INT4_WEIGHT_ONLY, STEP_INT8_WEIGHT_ONLY, STEP_QUANTIZE_DYNAMIC
 from truthgpt_nb.steps import (
@@ -138,7 +138,7 @@ class OptimizationReport:
     kept: list[str]  # the names of the steps in the returned model
     total: Evidence | None = None  # the returned model against the original; None where one step's evidence is that
     environment: dict[str, Any] = field(default_factory=environment)  # where it was measured
-    objective: Objective = "latency"  # what was to become less or more
+    objective: Goal = "latency"  # what was to become less or more
     candidates: list[Candidate] = field(default_factory=list)  # those that were timed, for the picture
     untried: list[str] = field(default_factory=list)  # what there was no time for
     ended: str = ""  # why the search ended early; empty when it did not
@@ -263,9 +263,12 @@ def _pareto(report: OptimizationReport) -> Any:
         areas = [20 + 380 * point.size_bytes / largest for point in some]
         where = [at(point) for point in some]
         axis.scatter(*zip(*where, strict=True), s=areas, color=_COLORS[verdict], alpha=0.6, label=verdict)
-    for point in points:
-        axis.annotate(point.name, at(point), fontsize=8, xytext=(6, 6), textcoords="offset points")
-    fastest = _frontier([point for point in points if point.verdict != "drifts"])
+    middle = math.sqrt(_SMALLEST_DRIFT * max(at(point)[0] for point in points))
+    for i, point in enumerate(sorted(points, key=lambda point: point.speed)):
+        right = at(point)[0] > middle
+        place = {"xytext": (-8 if right else 8, 8 if i % 2 else -14), "ha": "right" if right else "left"}
+        axis.annotate(point.name, at(point), fontsize=8, textcoords="offset points", **place)
+    fastest = _frontier([point for point in points if point.verdict == "kept"])
     axis.plot(*zip(*map(at, fastest), strict=True), color="0.4", linewidth=1, linestyle=":", drawstyle="steps-post")
     axis.axhline(1, color="black", linewidth=0.7)
     axis.set(xscale="log", xlabel="drift of the output", ylabel="speed, times the original")
@@ -276,7 +279,7 @@ def _pareto(report: OptimizationReport) -> Any:
 
 
 def _frontier(points: Sequence[Candidate]) -> list[Candidate]:
-    "Those that no other beats in both drift and speed; with the original as the first."
+    "Those that were kept and that no other beats in both drift and speed; with the original as the first."
     best = [Candidate("", 1.0, 0.0, 0, "kept")]
     for point in sorted(points, key=lambda p: (p.drift, -p.speed)):
         if point.speed > best[-1].speed:
@@ -323,7 +326,7 @@ class PerformanceOptimizer:
         settings: EvidenceConfig | None = None,  # how long to measure, and what counts as a gain
         tolerance: Tolerance | None = None,  # how far the output may move from the original's
         progress: Callable[[str], None] | None = None,  # called with a line before and after each step
-        objective: Objective = "latency",  # what should become less or more: latency, throughput, memory or size
+        objective: Goal = "latency",  # what should become less or more: latency, throughput, memory or size
         least_speed: float = 0.97,  # how slow it may become, as a ratio, where memory or size is the objective
         expected_calls: int | None = None,  # how often the model will be called: the set-up must be paid back by then
     ):

@@ -49,7 +49,11 @@ class OptimizationPlan:
         whole = report.whole
         measured: dict[str, Any] = {"speedup": whole.speedup, "tolerance": whole.tolerance} if whole else {}
         sizes = list(whole.size_bytes) if whole and whole.size_bytes else None
-        settings = {"objective": report.objective, "environment": report.environment, "size_bytes": sizes}
+        settings: dict[str, Any] = {
+            "objective": report.objective,
+            "environment": report.environment,
+            "size_bytes": sizes,
+        }
         return cls(list(report.kept), **report.settings, **measured, **settings)
 
     def to_json(self) -> str:  # indented

@@ -143,6 +143,9 @@ STEP_QUANTIZE_DYNAMIC = Step(
 )
 
 # %% ../nbs/api/11d_quantization.ipynb #c8900393
+_FEW_ROWS = 16  # up to so many, the kernel that multiplies int8 weights as they are is the faster one
+
+
 class Int8WeightLinear(nn.Module):
     "A linear layer whose weights are kept in int8, a scale for each output."
 
@@ -165,7 +168,8 @@ class Int8WeightLinear(nn.Module):
         "The product with the weights, and the bias."
         quantized: Any = self.quantized
         scale: Any = self.scale
-        if x.device.type == "cpu" and x.dtype == scale.dtype:
+        count = x.numel() // max(1, self.in_features)
+        if x.device.type == "cpu" and x.dtype == scale.dtype == torch.bfloat16 and 0 < count <= _FEW_ROWS:
             rows = torch._weight_int8pack_mm(x.reshape(-1, self.in_features).contiguous(), quantized, scale)
             product = rows.view(*x.shape[:-1], self.out_features)
         else:

@@ -99,7 +99,7 @@ def call_model(
 
 def tensors_in(
     data: Any,  # a tensor, or mappings, lists and tuples of them
-) -> Iterator[torch.Tensor]:
+) -> Iterator[torch.Tensor]:  # in the order in which they stand
     "The tensors in nested data."
     if isinstance(data, torch.Tensor):
         yield data
