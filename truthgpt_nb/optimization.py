@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -306,7 +307,8 @@ def _sentences(report: OptimizationReport) -> Iterator[str]:
     for e in report.steps:
         if e.verdict != "kept":
             yield f"{e.name}: {e.verdict}, because {e.reason.rstrip('.')}."
-        if e.detail and (" of " in e.detail or "limit" in e.detail or "break" in e.detail):
+        left = [counts for counts in re.findall(r"(\d+) of (\d+)", e.detail) if counts[0] != counts[1]]
+        if left or "limit" in e.detail or "break" in e.detail:
             yield f"{e.name} reached {e.detail}."
     if report.untried:
         yield f"There was no time for: {', '.join(report.untried)}."
