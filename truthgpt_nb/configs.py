@@ -309,7 +309,7 @@ class EvidenceConfig:
     min_sample_seconds: float = Field(
         default=0.002, ge=0, description="quicker calls are repeated until a sample takes this long"
     )
-    min_gain: float = Field(default=1.03, ge=1, description="a speed-up below this is no gain even where it is certain")
+    min_gain: float = Field(default=1.05, ge=1, description="a speed-up below this is no gain even where it is certain")
     alpha: float = Field(
         default=0.003, ge=1e-5, lt=0.5, description="how often, at most, chance alone may look like a gain"
     )
@@ -335,6 +335,9 @@ class Tolerance:
         default=1.0, ge=0, le=1, description="least share of identical continuations, where tokens are compared"
     )
     psnr: float = Field(default=30.0, ge=0, description="least peak signal-to-noise ratio of images, in dB")
+    perplexity_change: float = Field(
+        default=0.05, ge=0, description="largest rise of the perplexity on a text, as a share of it"
+    )
 
 # %% ../nbs/api/01_configs.ipynb #3a343208
 @config

@@ -108,7 +108,8 @@ class Fidelity:
         "Which limits this output breaks."
         if self.problem:
             return [self.problem]
-        limits = {"relative_error": tolerance.relative_error, "kl_divergence": tolerance.kl_divergence}
+        high_names = ("relative_error", "kl_divergence", "perplexity_change")
+        limits = {name: getattr(tolerance, name) for name in high_names}
         if self.kind == "logits":
             del limits["relative_error"]
         least = {name: getattr(tolerance, name) for name in ("cosine", "top1_agreement", "identical", "psnr")}
