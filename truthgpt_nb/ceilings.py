@@ -22,7 +22,7 @@ from .devices import available_memory, environment, pick_device, synchronize
 # %% auto #0
 __all__ = ['Ceilings', 'draw_roofs', 'measure_ceilings', 'machine_ceilings']
 
-# %% ../nbs/api/12a_ceilings.ipynb #2d1f617a
+# %% ../nbs/api/12a_ceilings.ipynb #afca63f1
 @dataclass(frozen=True, repr=False)
 class Ceilings:
     "The most that was measured on a device; a lower bound of what it can do, if others used it at the time."
@@ -99,11 +99,12 @@ def draw_roofs(
     axes: Any,  # of matplotlib
     ceilings: Ceilings,  # what to draw
     dtypes: tuple[str, ...] = (),  # which products; all that were measured when empty
+    up_to: float = 0.0,  # the intensity that has to fit, FLOP/byte
 ) -> None:
     "Draw the roofs over the intensity, both axes logarithmic."
     rates = {name: rate for name, rate in ceilings.products.items() if not dtypes or name in dtypes}
     top, grey = max(rates.values()), "#7a7a7a"
-    low, high = 0.05, 8 * top / ceilings.memory_bandwidth
+    low, high = 0.05, max(8 * top / ceilings.memory_bandwidth, up_to)
     for bandwidth, style, name in (
         (ceilings.memory_bandwidth, "-", "memory"),
         (ceilings.cache_bandwidth, ":", "cache"),
@@ -117,7 +118,7 @@ def draw_roofs(
         axes.annotate(label, (high, rate), (0, 2), textcoords="offset points", ha="right", fontsize=7, color=grey)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(ceilings.memory_bandwidth * low / 2)
+    axes.set_ylim(ceilings.memory_bandwidth * low / 2, 3 * top)
     axes.set_xlabel("FLOP/byte", fontsize=8)
     axes.set_ylabel("FLOP/s", fontsize=8)
     axes.tick_params(labelsize=8)
