@@ -20,7 +20,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 # %% auto #0
 __all__ = ['Operation', 'counting_operations', 'through_cache']
 
-# %% ../nbs/api/12b_operations.ipynb #4eb63b22
+# %% ../nbs/api/12b_operations.ipynb #89c0a765
 @dataclass(frozen=True, slots=True)
 class Operation:
     "One call of an operator, and its work."
@@ -65,7 +65,10 @@ class _Counter(TorchDispatchMode):
                 return out
             self.whole.add(func)
         out = func(*args, **kwargs)
-        self.operations.append(_operation(func, args, kwargs, out))
+        try:
+            self.operations.append(_operation(func, args, kwargs, out))
+        except Exception as error:  # the call goes on: it may be a step of somebody's training
+            self.operations.append(Operation(func._schema.name, f"not counted: {error!r}", "float32", 0, 0, ()))
         return out
 
 
@@ -145,7 +148,7 @@ def _flops(func: Any, arguments: _Arguments, args: Any, kwargs: Any, out: Any) -
     known = flop_registry.get(func._overloadpacket)
     return int(known(*args, **kwargs, out_val=out)) if known else 0
 
-# %% ../nbs/api/12b_operations.ipynb #0b6e5d3a
+# %% ../nbs/api/12b_operations.ipynb #d60095e7
 _NOTHING_MOVED = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "set_"}
 _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
 _LOOK_UPS = {"embedding", "index", "index_select", "gather", "take"}
@@ -213,7 +216,7 @@ def _accesses(
     read = tensors[1:] if name in _WRITE_ONLY else tensors
     ids = set(map(id, written))
     accesses = list(map(_access, [*read, *written, *(result for result in results if id(result) not in ids)]))
-    if any(isinstance(value, torch.ScriptObject) for value in arguments.values()):  # packed weights, a byte each
+    if flops and any(isinstance(value, torch.ScriptObject) for value in arguments.values()):  # packed, a byte each
         accesses.append((id(next(iter(arguments))), flops // max(1, 2 * prod(tensors[0].shape[:-1]))))
     return tuple(accesses)
 

@@ -157,7 +157,7 @@ def marking_modules(
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/api/12c_spans.ipynb #0064a55d
+# %% ../nbs/api/12c_spans.ipynb #9a7bf54f
 @dataclass
 class ModuleNode:
     "One module where it was called from, and what it took; own values leave out the modules inside."
@@ -191,6 +191,14 @@ class ModuleNode:
         "A value with the modules inside."
         return getattr(self, name) + sum(child.total(name) for child in self.children)
 
+    def add(
+        self,
+        other: ModuleNode,  # the same module in another place or another step
+    ) -> None:
+        "Add the own values of another node."
+        for name in _VALUES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def walk(self) -> Iterator[ModuleNode]:  # itself first, then what is inside
         "All nodes from this one on."
         yield self
@@ -208,6 +216,9 @@ class ModuleNode:
                 return found
         self.children.append(ModuleNode(path, kind))
         return self.children[-1]
+
+
+_VALUES = [name for name in ModuleNode.__dataclass_fields__ if name not in ("path", "kind", "children")]
 
 
 @dataclass(slots=True)
@@ -359,7 +370,7 @@ def _changes(events: list[Any], owner_of: dict[int, ModuleNode], root: ModuleNod
             changes.append((node, -size))
     return changes
 
-# %% ../nbs/api/12c_spans.ipynb #34d7774c
+# %% ../nbs/api/12c_spans.ipynb #06418167
 def patterns_of(
     model: torch.nn.Module,  # any module
 ) -> dict[str, str]:  # the path of each module → the same with * for the numbers of repeated layers
@@ -378,9 +389,6 @@ def _is_repeated(container: torch.nn.Module) -> bool:
     return len(children) > 1 and all(map(str.isdigit, children)) and len({type(c) for c in children.values()}) == 1
 
 
-_TIMES = ("forward_seconds", "python_seconds", "backward_seconds", "device_seconds")
-
-
 def merged_tree(
     root: ModuleNode,  # as `module_tree` made it
     patterns: dict[str, str],  # as `patterns_of` gives them
@@ -392,8 +400,7 @@ def merged_tree(
 
 
 def _merge(into: ModuleNode, node: ModuleNode, patterns: dict[str, str]) -> None:
-    for name in (*_TIMES, "calls", "flops", "allocated_bytes", "held_bytes"):
-        setattr(into, name, getattr(into, name) + getattr(node, name))
+    into.add(node)
     for child in node.children:
         _merge(into.child(patterns.get(child.path, child.path), child.kind), child, patterns)
 

@@ -23,7 +23,7 @@ from .core import InputError, write_whole
 # %% auto #0
 __all__ = ['Trace', 'packed_trace', 'joined_trace', 'read_trace', 'trace_problems', 'write_trace']
 
-# %% ../nbs/api/12d_traces.ipynb #199ff4c9
+# %% ../nbs/api/12d_traces.ipynb #a6c6a013
 @dataclass(frozen=True)
 class Trace:
     "A recording in Chrome's format, packed."
@@ -39,6 +39,7 @@ class Trace:
 
 
 _MODULE = "module: "
+_Part = tuple[dict[str, Any], list[dict[str, Any]]]  # what a trace says of itself, and its events
 
 
 def packed_trace(
@@ -58,17 +59,24 @@ def packed_trace(
         return Trace(b"", note="no trace: torch could not write to the folder for temporary files; is the disk full?")
     except (OSError, ValueError, RuntimeError) as error:
         return Trace(b"", note=f"no trace: {error}")
-    trace = joined_trace([part], mebibytes)
+    trace = _joined([part], mebibytes)
     if size <= room:
         return trace
     return replace(trace, note=f"cut at {mebibytes:g} MiB: the first {trace.events:,} events")
 
 
 def joined_trace(
-    parts: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]],  # (what a trace says of itself, its events)
+    traces: Sequence[Trace],  # of the same process
     mebibytes: float = 64.0,  # how large the unpacked trace may be
-) -> Trace:  # one after the other, cut at the limit
-    "One trace out of several recordings of the same process."
+) -> Trace:  # in the order of time, cut at the limit
+    "One trace out of several recordings, such as the steps of a training."
+    parts = [_whole(gzip.decompress(trace.data).decode()) for trace in traces if trace.data]
+    joined = _joined(parts, mebibytes)
+    notes = [joined.note, *(trace.note for trace in traces)]
+    return replace(joined, note="; ".join(dict.fromkeys(filter(None, notes))))
+
+
+def _joined(parts: Sequence[_Part], mebibytes: float) -> Trace:
     about, kept, total = (parts[0][0] if parts else {}), [], sum(len(events) for _, events in parts)
     head = json.dumps(about | {"traceEvents": []}).removesuffix("]}")
     size = len(head) + 2
@@ -95,12 +103,10 @@ def _gzipped(plain: bytes) -> bytes:
         return packed.getvalue()
 
 
-_Part = tuple[dict[str, Any], list[dict[str, Any]]]  # what a trace says of itself, and its events
-
-
 def _whole(text: str) -> _Part:
     found = json.loads(text)
-    return found, list(map(_shown, found.pop("traceEvents")))
+    events = found.pop("traceEvents")
+    return _without_names(found), list(map(_shown, events))
 
 
 def _beginning(text: str) -> _Part:
@@ -113,8 +119,13 @@ def _beginning(text: str) -> _Part:
         try:
             event, at = decoder.raw_decode(text, at)
         except ValueError:  # the event in which the text ends
-            return json.loads(head.rstrip().rstrip(",") + "}"), list(map(_shown, events))
+            return _without_names(json.loads(head.rstrip().rstrip(",") + "}")), list(map(_shown, events))
         events.append(event)
+
+
+def _without_names(about: dict[str, Any]) -> dict[str, Any]:
+    "A trace may be handed on: where it was made is left out."
+    return {name: value for name, value in about.items() if name not in ("host_name", "traceName")}
 
 
 def _next(text: str, at: int) -> int:
