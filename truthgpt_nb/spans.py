@@ -404,7 +404,7 @@ def _merge(into: ModuleNode, node: ModuleNode, patterns: dict[str, str]) -> None
     for child in node.children:
         _merge(into.child(patterns.get(child.path, child.path), child.kind), child, patterns)
 
-# %% ../nbs/api/12c_spans.ipynb #a1e3f2a0
+# %% ../nbs/api/12c_spans.ipynb #ed56c19d
 _COLORS = ("#4a90d9", "#d9822b", "#5aa469", "#b56576", "#8d7fc9", "#b8a13c", "#4fa3a5", "#a9745b")
 
 
@@ -414,7 +414,7 @@ def draw_icicle(
     backward: bool | None = None,  # whether to draw gradients; None draws both, side by side
 ) -> None:
     "Draw where the time of a call goes, from the whole down to its smallest parts."
-    parts = [("forward", "forward_seconds"), ("backward", "backward_seconds")]
+    parts = [("forward and the rest", "forward_seconds"), ("backward", "backward_seconds")]
     if backward is not None:
         parts = [parts[backward]]
     kinds = list(dict.fromkeys(node.kind for node in root.walk()))
@@ -423,7 +423,7 @@ def draw_icicle(
     left = 0.0
     for title, name in parts:
         if root.total(name) > 1e-3 * whole or len(parts) == 1:
-            _bars(axes, root, name, left, 0, whole, colors, title)
+            _bars(axes, root, name, left, 0, whole, colors, title if root.total("backward_seconds") else "call")
             left += root.total(name)
     axes.set_xlim(0, whole)
     axes.invert_yaxis()
