@@ -1233,6 +1233,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'truthgpt_nb.operations._flops': ('api/operations.html#_flops', 'truthgpt_nb/operations.py'),
                                         'truthgpt_nb.operations._fused_encoder': ( 'api/operations.html#_fused_encoder',
                                                                                    'truthgpt_nb/operations.py'),
+                                        'truthgpt_nb.operations._has_kernel': ( 'api/operations.html#_has_kernel',
+                                                                                'truthgpt_nb/operations.py'),
                                         'truthgpt_nb.operations._is_view': ('api/operations.html#_is_view', 'truthgpt_nb/operations.py'),
                                         'truthgpt_nb.operations._linear_like': ( 'api/operations.html#_linear_like',
                                                                                  'truthgpt_nb/operations.py'),

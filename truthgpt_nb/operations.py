@@ -20,7 +20,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 # %% auto #0
 __all__ = ['Operation', 'counting_operations', 'through_cache']
 
-# %% ../nbs/api/12b_operations.ipynb #89c0a765
+# %% ../nbs/api/12b_operations.ipynb #e8588b9a
 @dataclass(frozen=True, slots=True)
 class Operation:
     "One call of an operator, and its work."
@@ -58,18 +58,31 @@ class _Counter(TorchDispatchMode):
             return NotImplemented  # a tensor that brings its own operators: those are counted
         if not isinstance(func, torch._ops.OpOverload) or func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
-        if func not in self.whole and func._schema.name not in _FORMULAS:
+        if func not in self.whole and not _has_kernel(func, args, kwargs):
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-            self.whole.add(func)
+        self.whole.add(func)
         out = func(*args, **kwargs)
         try:
             self.operations.append(_operation(func, args, kwargs, out))
         except Exception as error:  # the call goes on: it may be a step of somebody's training
             self.operations.append(Operation(func._schema.name, f"not counted: {error!r}", "float32", 0, 0, ()))
         return out
+
+
+def _has_kernel(func: Any, args: Any, kwargs: Any) -> bool:
+    "Whether an operator runs as it is on the device of its tensors, and is not taken apart."
+    if func._schema.name in _FORMULAS:
+        return True
+    devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+    return any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _KEYS[kind]) for kind in devices & set(_KEYS)
+    )
+
+
+_KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS"}
 
 
 def _takes_over(kind: type) -> bool:

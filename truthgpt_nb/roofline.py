@@ -18,7 +18,7 @@ from .spans import OperatorCall
 # %% auto #0
 __all__ = ['BOUNDS', 'OperatorWork', 'Roofline', 'roofline_of']
 
-# %% ../nbs/api/12e_roofline.ipynb #fc01fe26
+# %% ../nbs/api/12e_roofline.ipynb #6856d3f5
 BOUNDS = {
     "compute": "products",
     "memory": "memory bandwidth",
@@ -71,10 +71,10 @@ def _joined(
     "Each recorded call with an operation of its name, its work, and whether that is an average."
     counted: dict[str, list[tuple[Operation, _Work]]] = defaultdict(list)
     for one, (memory, cached) in zip(operations, through_cache(operations, cache_bytes), strict=True):
-        counted[one.name].append((one, (one.flops, one.elements, memory, cached)))
+        counted[one.name.rstrip("_")].append((one, (one.flops, one.elements, memory, cached)))
     recorded: dict[str, list[OperatorCall]] = defaultdict(list)
     for call in calls:
-        recorded[call.name].append(call)
+        recorded[call.name.rstrip("_")].append(call)
     for name, found in recorded.items():
         works = counted[name]
         if len(works) == len(found):
@@ -241,7 +241,7 @@ def _row(one: OperatorWork) -> dict[str, Any]:
         "of the ceiling": f"{one.reached:.0%}" if one.bound != "overhead" else None,
     }
 
-# %% ../nbs/api/12e_roofline.ipynb #775e3b6a
+# %% ../nbs/api/12e_roofline.ipynb #9a320208
 _INK = {"compute": "#d9822b", "memory": "#4a90d9", "cache": "#5aa469", "overhead": "#8d7fc9", "between": "#9a9a9a"}
 
 
@@ -303,7 +303,7 @@ def roofline_of(
     for call, one, work, estimated in _joined(operations, calls, ceilings.cache_bytes):
         bound, least = _bound(work, one.dtype, ceilings)
         shapes = one.shapes if one.flops and not estimated else ""
-        total = sums[one.name, shapes, one.dtype, bound, estimated]
+        total = sums[call.name, shapes, one.dtype, bound, estimated]
         took = call.device_seconds if on_gpu else call.seconds
         total[:] = [a + b for a, b in zip(total, [1, took, *work, least], strict=True)]
         call.node.flops += work[0]

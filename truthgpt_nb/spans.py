@@ -157,7 +157,7 @@ def marking_modules(
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/api/12c_spans.ipynb #9a7bf54f
+# %% ../nbs/api/12c_spans.ipynb #3d3720da
 @dataclass
 class ModuleNode:
     "One module where it was called from, and what it took; own values leave out the modules inside."
@@ -266,7 +266,7 @@ class _Reader:
     def __init__(self, model: torch.nn.Module | None, names: Collection[str]):
         found = model.named_modules() if model is not None else ()
         self.kinds = {path: type(module).__name__ for path, module in found}
-        self.names, self.root = set(names), ModuleNode(OUTSIDE, "", calls=1)
+        self.names, self.root = {name.rstrip("_") for name in names}, ModuleNode(OUTSIDE, "", calls=1)
         self.calls: list[OperatorCall] = []
         self.node_of: dict[int, ModuleNode] = {}  # event → whose it is
         self._stacks: dict[int, list[_Open]] = defaultdict(list)
@@ -307,7 +307,7 @@ class _Reader:
             node, backward = self._gradient(event), True
         elif event.sequence_nr() >= 0 and event.scope() != _BACKWARD:
             self._made[event.start_thread_id(), event.sequence_nr()] = node  # the last one with a number has made it
-        if operator is None and name in self.names:
+        if operator is None and name.rstrip("_") in self.names:  # in place or not is the same work
             operator = OperatorCall(name, node, (end - start) / 1e9)
             self.calls.append(operator)
         self.node_of[number] = node
