@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .core import InputError, Table, format_bytes, format_seconds, subplots, user_cache_dir, write_whole
+from .core import InputError, Table, format_bytes, subplots, user_cache_dir, write_whole
 from .devices import available_memory, environment, pick_device, synchronize
 
 # %% auto #0

@@ -361,7 +361,8 @@ class ProfileConfig:
     shapes: bool = Field(default=False, description="whether to record input shapes; slows the recorded run down")
     stacks: bool = Field(default=False, description="whether to record which function called; slows it down further")
     hardware: bool = Field(
-        default=True, description="whether to count the work in a run of its own and compare with what the machine can do"
+        default=True,
+        description="whether to count the work in a run of its own and compare with what the machine can do",
     )
     training: bool = Field(
         default=False, description="whether modes and gradients are left as they are; else eval mode without gradients"

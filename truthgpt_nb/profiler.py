@@ -45,7 +45,7 @@ from truthgpt_nb.spans import (
     operator_times,
     patterns_of,
 )
-from .traces import Trace, joined_trace, packed_trace, read_trace, trace_problems, write_trace
+from .traces import Trace, joined_trace, packed_trace, write_trace
 
 # %% auto #0
 __all__ = ['ModuleTime', 'timing_modules', 'by_pattern', 'MemoryUse', 'thinned', 'Profile', 'ModelProfiler', 'Watched',
