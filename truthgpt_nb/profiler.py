@@ -48,7 +48,7 @@ from truthgpt_nb.spans import (
 from .traces import Trace, joined_trace, packed_trace, write_trace
 
 # %% auto #0
-__all__ = ['ModuleTime', 'timing_modules', 'by_pattern', 'MemoryUse', 'thinned', 'Profile', 'ModelProfiler', 'Watched',
+__all__ = ['ModuleTime', 'timing_modules', 'by_pattern', 'MemoryUse', 'thinned', 'Profile', 'ModelProfiler', 'ProfiledBlock',
            'profiling', 'StepProfiler', 'Change', 'ProfileComparison', 'compare_profiles']
 
 # %% ../nbs/api/13_profiler.ipynb #f9ff23a5
@@ -632,7 +632,7 @@ def _record(
     return recorded, seconds[0], MemoryUse(str(device), peak, thinned(timeline))
 
 # %% ../nbs/api/13_profiler.ipynb #c69d25c5
-class Watched:
+class ProfiledBlock:
     "What a block took; there when the block has ended."
 
     def __init__(self) -> None:
@@ -657,10 +657,10 @@ def profiling(
     model: torch.nn.Module | None = None,  # whose modules are told apart
     config: ProfileConfig | None = None,  # what to record
     **settings: Any,  # settings of ProfileConfig, instead of `config` or on top of it
-) -> Iterator[Watched]:
+) -> Iterator[ProfiledBlock]:
     "Profile the block as it is: modes, gradients and random numbers are left alone."
     profiler = ModelProfiler(model, config, **settings)
-    device, watched = _device(model), Watched()
+    device, watched = _device(model), ProfiledBlock()
     with _recorded(profiler.config, device, model) as (recorded, seconds):
         yield watched
     watched._profile = replace(
