@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch.autograd import profiler as autograd_profiler
+from torch.profiler import _ExperimentalConfig as _VerboseConfig
 
 from .core import InputError
 from .devices import pick_device, synchronize
 
 # %% auto #0
-__all__ = ['recording', 'keeps_account', 'peak_memory', 'allocations']
+__all__ = ['recording', 'keeps_account', 'peak_memory', 'allocations', 'memory_events']
 
 # %% ../nbs/api/02a_allocation.ipynb #5bab1090
 _one_profiler = threading.Lock()
@@ -31,6 +32,7 @@ def recording(
     device: str | torch.device = "cpu",  # what runs the call; its kernels are recorded too
     shapes: bool = False,  # whether to record the shapes of inputs
     memory: bool = True,  # whether to record allocations
+    stacks: bool = False,  # whether to record which Python line called; slow
 ) -> Iterator[torch.profiler.profile]:
     "torch's profiler over the block, refused while another one is at work in this process."
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -40,7 +42,13 @@ def recording(
     try:
         if autograd_profiler._is_profiler_enabled:
             raise _second_profiler()
-        profile = torch.profiler.profile(activities=activities, record_shapes=shapes, profile_memory=memory)
+        profile = torch.profiler.profile(
+            activities=activities,
+            record_shapes=shapes,
+            profile_memory=memory,
+            with_stack=stacks,
+            experimental_config=_VerboseConfig(verbose=True) if stacks else None,
+        )
         with _without_chatter():
             older = torch.empty(1)
             profile.start()
@@ -114,7 +122,7 @@ def allocations(
 ) -> list[tuple[int, int]]:  # (time in nanoseconds, bytes held beyond the start), in the order of time
     "What a profiled call held over time; blocks from before it are left out."
     held, sizes, timeline = 0, {}, []
-    for event in _memory_events(profile, device):
+    for event in memory_events(profile, device):
         block = event.extra_fields
         if block.alloc_size > 0:
             sizes[block.ptr] = block.alloc_size
@@ -125,7 +133,11 @@ def allocations(
     return timeline
 
 
-def _memory_events(profile: Any, device: str) -> list[Any]:
+def memory_events(
+    profile: Any,  # a torch.profiler.profile that has ended, made with profile_memory=True
+    device: str = "cpu",  # whose memory
+) -> list[Any]:  # torch's own records, in the order of time; the `parent` of each is the operator that allocated
+    "Each allocation and each release of a profiled call."
     waiting, found = list(profile.profiler.kineto_results.experimental_event_tree()), []
     while waiting:
         event = waiting.pop()

@@ -362,6 +362,17 @@ class ProfileConfig:
     warmup: int = Field(default=1, ge=0, le=100, description="calls before the recorded one")
     memory: bool = Field(default=True, description="whether to record allocations")
     shapes: bool = Field(default=False, description="whether to record input shapes; slows the recorded run down")
+    stacks: bool = Field(default=False, description="whether to record which function called; slows it down further")
+    hardware: bool = Field(
+        default=True,
+        description="whether to count the work in a run of its own and compare with what the machine can do",
+    )
+    training: bool = Field(
+        default=False, description="whether modes and gradients are left as they are; else eval mode without gradients"
+    )
+    trace_mebibytes: float = Field(
+        default=64, ge=0.1, le=4096, description="how large the trace may be, unpacked; recording ends there"
+    )
 
 # %% ../nbs/api/01_configs.ipynb #7a11c002
 @config
