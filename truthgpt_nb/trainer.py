@@ -20,10 +20,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .ceilings import machine_ceilings
 from truthgpt_nb.checkpoint import (
     CheckpointManager,
     EMAManager,
@@ -35,13 +37,13 @@ from truthgpt_nb.checkpoint import (
     set_rng_state,
 )
 from .configs import TrainingConfig, to_dict, updated
-from .core import ConfigError, InputError, Table, subplots
+from .core import ConfigError, InputError, Table, format_bytes, subplots
 from .devices import device_of, evaluating, seeded
 
 # %% auto #0
 __all__ = ['next_token', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share', 'parameter_groups', 'MuonAdamW',
            'TrainingStep', 'Evaluation', 'TrainingReport', 'evaluate', 'on_device', 'StopRequest', 'stoppable', 'Guard',
-           'Trainer']
+           'token_flops', 'Trainer']
 
 # %% ../nbs/api/16_trainer.ipynb #8edb17f3
 _Batch = dict[str, Any]
@@ -478,6 +480,36 @@ def _accelerator_if_many() -> Any:
     alone = not (torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
     return Accelerator(cpu=alone)  # which does not see several processes on a CPU unless it is told
 
+# %% ../nbs/api/16_trainer.ipynb #e868c03e
+def token_flops(
+    model: torch.nn.Module,  # a language model
+) -> int:  # floating-point operations
+    "What one token costs in training, without attention among tokens and without anything computed twice."
+    tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    tables -= {id(output.weight)} if output is not None else set()
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
+
+
+class _Gauge:
+    "What the bar says of the machine."
+
+    def __init__(self, model: torch.nn.Module, device: torch.device, precision: str, processes: int):
+        self.device, self.flops, self.peak = device, token_flops(model), 0.0
+        if device.type in ("cpu", "cuda"):
+            types = {"bf16": "bfloat16", "fp16": "float16"}
+            own = 1 if device.type == "cpu" else processes  # processes on a CPU share it
+            self.peak = machine_ceilings(device).product_rate(types.get(precision, precision)) * own
+
+    def utilization(self, tokens_a_second: float) -> str:
+        return f"{self.flops * tokens_a_second / self.peak:.0%}" if self.peak else "?"
+
+    def memory(self) -> str:
+        if self.device.type == "cuda":
+            return format_bytes(torch.cuda.max_memory_allocated(self.device))
+        return format_bytes(psutil.Process().memory_info().rss)
+
 # %% ../nbs/api/16_trainer.ipynb #9cfa7e86
 _Callback = Callable[["Trainer", str], None]
 _MOST_IN_A_ROW = 10  # updates that may be held back one after the other
@@ -519,6 +551,7 @@ class Trainer:
         self.stop: str | None = None  # why it is to end
         self.step = self.without_gain = 0
         self._clock, self._shown = time.perf_counter(), -math.inf  # the last step ended, the bar was told of one
+        self._gauge: _Gauge | None = None
         self.steps: list[TrainingStep] = []
         self.evaluations: list[Evaluation] = []
         self.total = _planned(self.config, self.batches)
@@ -714,7 +747,13 @@ class Trainer:
         if bar.disable or (self._clock - self._shown < _SHOWN_EVERY and self.step < self.total):
             return
         last, self._shown = self.steps[-1], self._clock
-        bar.set_postfix(loss=f"{last.loss:.4g}", items_s=f"{last.items / max(last.seconds, 1e-9):,.0f}", refresh=False)
+        speed = last.items / max(last.seconds, 1e-9)
+        facts = {"loss": f"{last.loss:.4g}", "items_s": f"{speed:,.0f}"}
+        if self.objective is next_token:
+            if self._gauge is None:
+                self._gauge = _Gauge(self.bare, self.device, self.config.precision, self.processes.count)
+            facts |= {"mfu": self._gauge.utilization(speed), "memory": self._gauge.memory()}
+        bar.set_postfix(facts, refresh=False)
 
     def report(self) -> TrainingReport:  # shows itself as a table
         "What the run did so far."
