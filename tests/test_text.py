@@ -739,8 +739,21 @@ print("leaving", generator.model.training)
 """
 
 
-def test_python_may_end_while_a_stream_is_open():
-    script = OPEN_AT_EXIT.format(tests=str(Path(__file__).parent))
+CHANGED_AT_EXIT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_text import TextGenerator, byte_tokenizer, model_of
+model = model_of("gpt2")
+generator = TextGenerator(model, byte_tokenizer(), use_cache=False)
+generator.generate("abc", max_new_tokens=2)
+model.transformer.ln_f.weight.data.mul_(1.5)
+print("leaving", generator.model.training)
+"""
+
+
+@pytest.mark.parametrize("script", [OPEN_AT_EXIT, CHANGED_AT_EXIT])
+def test_python_may_end_while_a_stream_is_open_or_the_weights_have_changed(script):
+    script = script.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving False\n", "")
 

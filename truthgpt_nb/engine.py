@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -404,7 +404,9 @@ class _Work:
             self.work(lambda: not self.open)
             if thread is not None:
                 thread.join()
-        self._settle()
+        if self.prefix is not None:  # nothing else outlives the engine
+            with suppress(RuntimeError):  # when Python ends, no thread can begin that reads the weights
+                self._settle()
         self.ragged = None
 
     def work(self, enough: Callable[[], bool], background: bool = False) -> None:
