@@ -463,3 +463,16 @@ def test_epochs_count_windows_that_are_not_full():
 def test_settings_that_contradict_each_other(settings, why):
     with pytest.raises(ConfigError, match=why):
         TrainingConfig(**settings)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_they_are():
+    from torch._dynamo.utils import counters
+
+    def losses(**settings):
+        trainer = Trainer(model(), Data(), steps=4, accumulate=2, learning_rate=1e-2, **settings)
+        return [one.loss for one in trainer.fit(progress=False).steps]
+
+    expected, before = losses(), counters["stats"]["unique_graphs"]
+    np.testing.assert_allclose(losses(compile=True), expected, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] > before
