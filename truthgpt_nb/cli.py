@@ -103,7 +103,7 @@ _app.add_typer(_cache, name="cache")
 _MODEL = typer.Option("tiny-english", "--model", "-m", help="an embedded model, a folder, a .gguf file or a hub id")
 _OUT = typer.Option("truthgpt-report", "--out", "-o", help="the folder for the report; made when missing")
 _JSON = typer.Option(False, "--json", help="print JSON")
-_STEPS = typer.Option(None, "--optimizations", help="steps to try, separated by commas [default: all of them]")
+_STEPS = typer.Option(None, "--optimizations", help="steps to try, separated by commas [default: the usual five]")
 _PRECISION = "of the matrix products: " + ", ".join(schema(InferenceConfig)["properties"]["precision"]["enum"])
 _CACHE_DIR = typer.Option("cache", "--cache-dir", help="the folder of the cache")
 
@@ -257,10 +257,16 @@ def _optimize(
     ),
     compile_mode: str = typer.Option("default", help="the mode of torch.compile"),
     max_new_tokens: int = typer.Option(32, help="how many tokens are written when a step is timed"),
+    auto: bool = typer.Option(False, "--auto", help="search all steps and their combinations"),
+    objective: str = typer.Option("latency", help="what should get better: latency, throughput, memory or size"),
+    time_budget: float | None = typer.Option(None, help="seconds after which --auto tries nothing more"),
+    plan: Path | None = typer.Option(None, "--plan", help="a file for what was kept, to be applied elsewhere"),
     as_json: bool = _JSON,
     **settings: Any,
 ) -> None:
     "Try optimizations on a model, and show which were measured to help."
+    if auto and optimizations is not None:
+        raise InputError("--auto", "chooses the steps itself", f"--optimizations {optimizations}", "Leave one out.")
     evidence = EvidenceConfig(**given(settings, EvidenceConfig))
     GenerationConfig(max_new_tokens=max_new_tokens)
     passage = None if text is None else _read_text(text)
@@ -268,10 +274,16 @@ def _optimize(
     from truthgpt_nb.optimization import PerformanceOptimizer, check_optimizations, generation_trial
 
     names = check_optimizations(_names(optimizations), compile_mode)
+    say = lambda line: _say(f"{line}\n")
+    optimizer = PerformanceOptimizer(settings=evidence, progress=say, objective=objective)  # type: ignore[arg-type]
     text_model = _load(model, settings)
-    optimizer = PerformanceOptimizer(settings=evidence, progress=lambda line: _say(f"{line}\n"))
     trial = generation_trial(text_model, PARAGRAPH if passage is None else passage, max_new_tokens)
-    optimizer.optimize_model(text_model.model, names, compile_mode, **trial)
+    steps: Any = "auto" if auto else names
+    optimizer.optimize_model(text_model.model, steps, compile_mode, time_budget=time_budget, **trial)
+    if plan is not None:
+        from truthgpt_nb.plans import OptimizationPlan
+
+        OptimizationPlan.of(optimizer.report).save(plan)
     _tell(json.dumps(optimizer.report.to_dict(), indent=2) + "\n" if as_json else f"{optimizer.report!r}\n")
 
 
@@ -342,8 +354,12 @@ def _refill(runs: list[Any], tracker: str) -> None:
 
     if not runs:
         raise InputError("run", "must be named", "none", "Type the run to send: truthgpt runs NAME --refill wandb.")
-    for run in runs:
-        _tell(f"{refill(run, tracker)!r}\n")
+    try:
+        for run in runs:
+            _tell(f"{refill(run, tracker)!r}\n")
+    except InputError as error:
+        error.argument = "--refill" if error.argument == "trackers" else error.argument
+        raise
 
 
 def _save_figure(compared: Any, path: Path) -> None:
@@ -435,7 +451,9 @@ _FLAGS = {
     "run": "RUN",
     "folder": "--folder",
     "metrics": "--metric",
-    "trackers": "--refill",
+    "trackers": "--trackers",
+    "objective": "--objective",
+    "time_budget": "--time-budget",
 } | {
     name: f"--{name.replace('_', '-')}"
     for config in (
