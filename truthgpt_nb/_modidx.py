@@ -685,6 +685,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'truthgpt_nb.cli._demo': ('api/cli.html#_demo', 'truthgpt_nb/cli.py'),
                                  'truthgpt_nb.cli._doctor': ('api/cli.html#_doctor', 'truthgpt_nb/cli.py'),
                                  'truthgpt_nb.cli._existing_cache': ('api/cli.html#_existing_cache', 'truthgpt_nb/cli.py'),
+                                 'truthgpt_nb.cli._finetune': ('api/cli.html#_finetune', 'truthgpt_nb/cli.py'),
                                  'truthgpt_nb.cli._flat': ('api/cli.html#_flat', 'truthgpt_nb/cli.py'),
                                  'truthgpt_nb.cli._generate': ('api/cli.html#_generate', 'truthgpt_nb/cli.py'),
                                  'truthgpt_nb.cli._load': ('api/cli.html#_load', 'truthgpt_nb/cli.py'),

@@ -23,6 +23,7 @@ from . import __version__
 from truthgpt_nb.configs import (
     CacheConfig,
     EvidenceConfig,
+    FinetuneConfig,
     GenerationConfig,
     InferenceConfig,
     ModelConfig,
@@ -324,6 +325,30 @@ def _profile(
     _tell(found.to_json() + "\n" if as_json else "\n\n".join(map(repr, shown)) + "\n")
 
 
+@_app.command("finetune")
+@with_options(FinetuneConfig, TrainingConfig, ModelConfig, leave_out=("name_or_path", "learning_rate", "weight_decay"))
+def _finetune(
+    data: list[Path] = typer.Argument(..., help="files of examples: JSONL, text, Parquet or CSV"),
+    model: str = _MODEL,
+    output: Path = typer.Option(..., "--output", "-o", help="the folder for checkpoints, report and what was learnt"),
+    validation: Path | None = typer.Option(None, help="a file to judge by [default: a share of the examples]"),
+    merged: bool = typer.Option(False, "--merged", help="write the whole model, with the adapter in it"),
+    learning_rate: float | None = typer.Option(None, help="the highest, after the warm-up [default: by the method]"),
+    weight_decay: float | None = typer.Option(None, help="of matrices; vectors get none [default: by the method]"),
+    as_json: bool = _JSON,
+    **settings: Any,
+) -> None:
+    "Teach a model some examples, and keep what it learnt only if held-out ones show a gain."
+    from truthgpt_nb.finetune import finetune_files
+
+    settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    chosen, loading = given(settings, FinetuneConfig, TrainingConfig), given(settings, ModelConfig)
+    report = finetune_files(data, output, model, validation, merged, loading, sys.stderr.isatty(), **chosen)
+    _tell(json.dumps(report.to_dict(), indent=2) + "\n" if as_json else f"{report!r}\n")
+    if report.training.ended.startswith("stopped"):
+        raise typer.Exit(130)
+
+
 @_app.command("runs")
 def _runs(
     run: list[str] = typer.Argument(None, help="put these side by side [default: list all]"),
@@ -454,16 +479,22 @@ _FLAGS = {
     "trackers": "--trackers",
     "objective": "--objective",
     "time_budget": "--time-budget",
+    "data": "DATA",
+    "records": "DATA",
+    "output": "--output",
+    "validation": "--validation",
 } | {
     name: f"--{name.replace('_', '-')}"
     for config in (
         CacheConfig,
         EvidenceConfig,
+        FinetuneConfig,
         GenerationConfig,
         InferenceConfig,
         ModelConfig,
         OptimizationConfig,
         ProfileConfig,
+        TrainingConfig,
     )
     for name in schema(config)["properties"]
     if name != "name_or_path"
