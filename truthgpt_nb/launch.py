@@ -103,7 +103,8 @@ class _Forked:
         self.function, self.processes = function, processes
 
     def __call__(self, *arguments: Any) -> None:
-        torch.set_num_threads(1)  # the threads of the parent are not here, and OpenMP waits for them
+        os.environ["OMP_NUM_THREADS"] = "1"  # which accelerate sets once more
+        torch.set_num_threads(1)  # those of the parent are not here, and OpenMP would wait for them
         self.function(*arguments)
 
 # %% ../nbs/api/18a_launch.ipynb #48ec0ea5
