@@ -37,6 +37,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ.setdefault("TRUTHGPT_DEVICE", "cpu")  # what is marked cuda names its device
 
 
 def pytest_collection_modifyitems(config, items):

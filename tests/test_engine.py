@@ -3,6 +3,7 @@
 import _thread
 import asyncio
 import gc
+import itertools
 import random
 import signal
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 
+from truthgpt_nb import engine as engine_module
 from truthgpt_nb import precision, ragged
 from truthgpt_nb.configs import EvidenceConfig, GenerationConfig, Tolerance
 from truthgpt_nb.core import EngineError, InputError
@@ -109,6 +111,29 @@ def test_every_architecture_writes_what_generate_writes(name, monkeypatch):
             together = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
             assert list(engine._work.replaced.kernels) == [kernel]
         assert [one.tokens for one in together] == expected
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT2", "Mistral"])
+def test_steps_that_are_replayed_write_the_same(name, monkeypatch):
+    def run_again(run, device, pool):  # in place of a CUDA graph
+        out, calls = run().clone(), itertools.count()
+        return lambda: out.copy_(run()) if next(calls) else None, out
+
+    made_ones = []
+
+    def capturing(model, slots, length, capture):
+        made_ones.append(RaggedModel(model, slots, length, capture=True))
+        made_ones[-1].captured.make = run_again
+        return made_ones[-1]
+
+    monkeypatch.setattr(engine_module, "RaggedModel", capturing)
+    model, requests = made(name), some_requests(seed=3, count=30)
+    expected = [alone(model, *request) for request in requests]
+    with InferenceEngine(model, max_batch_size=5, chunk_tokens=24) as engine:
+        together = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
+        assert [one.tokens for one in together] == expected
+        assert "steps replayed from" in str(engine.stats())
+    assert made_ones[-1].captured.problem is None and made_ones[-1].captured.count > 30
 
 
 @pytest.mark.parametrize("seed", range(6))

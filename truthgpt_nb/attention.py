@@ -730,9 +730,12 @@ def _flex(
         create_block_mask(seen, batch, heads, q.shape[2], k.shape[2], device=q.device) if mask.kind != "full" else None
     )
     grouped = q.shape[1] != k.shape[1]
+    options = (
+        {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda and q.shape[2] > 1 else None
+    )  # not the kernel for one query
     try:  # beyond its limit torch would go on without the kernel, silently
         with config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True):
-            return _compiled_flex()(q, k, v, added, blocks, scale, grouped)
+            return _compiled_flex()(q, k, v, added, blocks, scale, grouped, kernel_options=options)
     except FailOnRecompileLimitHit as error:
         raise RuntimeError(
             f"FlexAttention was compiled for {_MOST_SHAPES} shapes in this process, no more are"

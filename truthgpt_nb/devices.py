@@ -41,6 +41,8 @@ def pick_device(
     "The device to use."
     name = str(device)
     if name == "auto":
+        name = os.environ.get("TRUTHGPT_DEVICE") or "auto"
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}

@@ -40,7 +40,7 @@ from .linears import Replaced
 from .models import context_length
 from .precision import PrecisionChoice, choose_precision, labels_of, precision_logits, set_precision
 from .prefix import BLOCK, PrefixCache, PrefixStats
-from .ragged import Part, RaggedModel, Slots, ragged_refusal
+from .ragged import CapturedSteps, Part, RaggedModel, Slots, ragged_refusal
 from .sampling import Row, next_tokens, samples, token_logprobs
 
 # %% auto #0
@@ -244,6 +244,7 @@ class EngineStats:
     prefix: PrefixStats | None = None  # beginnings that were recalled; None without a prefix cache
     memory_bandwidth: float | None = None  # bytes a second that the machine reads at most; None while it works
     fallback: str | None = None  # why `generate` is used instead, None when it is not
+    captured: str | None = None  # what CUDA graphs did; None where there are none
 
     @property
     def bandwidth(self) -> float | None:  # bytes a second
@@ -275,6 +276,7 @@ class EngineStats:
             "keys and values": format_bytes(self.cache_bytes),
             "recalled": f"{self.prefix.recalled:,} tokens of prompts" if self.prefix and self.prefix.recalled else None,
             "read from memory": self._reading(),
+            "CUDA graphs": self.captured,
             "run by": f"transformers' generate, one by one: {self.fallback}" if self.fallback else self.linears,
         }
         return Table([{"what": name, "value": value} for name, value in facts.items()], "engine")
@@ -523,7 +525,8 @@ class _Work:
         self._settle()
         if self.refusal is not None or self.ragged is not None:
             return
-        made = RaggedModel(self.model, 1, 64)
+        on_gpu = device_of(self.model).type == "cuda"
+        made = RaggedModel(self.model, 1, 64, capture=self.config.cuda_graphs and on_gpu)
         run = partial(made.forward, [Part(0, 0, [0])])
         self.replaced = set_precision(made.model, self.precision(), self.row_counts(), run)
         if not made.slots.bytes_per_token:  # what a token takes is known from the first call on
@@ -562,8 +565,12 @@ class _Work:
         made.slots.reset(len(last), 64)
         made.forward([Part(part.slot, 0, [*range(8)]) for part in last])
 
+        captured = {on: CapturedSteps(made) if made.captured else None for on in (False, True)}
+
         def steps(compiled: bool) -> torch.Tensor:
+            made.captured = None
             made.use_compiled(compiled)
+            made.captured = captured[compiled]
             return torch.cat([made.forward(last[:1]), made.forward(last)])
 
         found = compare(
@@ -576,6 +583,7 @@ class _Work:
             detail=f"a step of one request and one of {len(last)}",
             device=made.device,
         )
+        made.captured = made.captured and CapturedSteps(made)
         made.use_compiled(found.verdict == "kept")
         if not made.compiled:
             warnings.warn(f"torch.compile is taken back: {found.verdict}, {found.reason}", stacklevel=2)
@@ -1079,7 +1087,8 @@ class InferenceEngine:
         prefix = work.prefix.stats() if work.prefix is not None else None
         machine = memory_bandwidth(str(device_of(self.model))) if work.steps and not work.open else None
         runs = str(work.replaced) + (", compiled" if work.ragged is not None and work.ragged.compiled else "")
-        return EngineStats(*done, work.limit, work.held, runs, prefix, machine, self.fallback)
+        graphs = None if work.ragged is None or work.ragged.captured is None else str(work.ragged.captured)
+        return EngineStats(*done, work.limit, work.held, runs, prefix, machine, self.fallback, graphs)
 
     def close(self) -> None:
         "Cancel what is left, and let go of the memory."

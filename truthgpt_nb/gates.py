@@ -111,10 +111,15 @@ def outputs_of(
     outputs = []
     for sample in (*trial.samples, *others):
         own = with_tensors(sample, torch.clone)
-        outputs.append(_plain(call_model(model, own)))
+        outputs.append(_own(_plain(call_model(model, own))))
         if not all(map(_same_values, tensors_in(own), tensors_in(sample))):
             raise WritesToInput
     return outputs
+
+
+def _own(output: Any) -> Any:
+    "A copy on a GPU, where the next call of a captured graph writes over the results of the one before."
+    return with_tensors(output, torch.clone) if any(tensor.is_cuda for tensor in tensors_in(output)) else output
 
 
 def _plain(output: Any) -> Any:

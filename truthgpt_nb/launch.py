@@ -18,6 +18,7 @@ import torch
 from .callbacks import Tracking
 from .configs import TrainingConfig, to_dict, updated
 from .core import EngineError, InputError
+from .devices import pick_device
 from .loader import DataLoaderBuilder, Loader
 from .manager import ModelManager
 from .models import context_length, load_text_model
@@ -82,10 +83,14 @@ def launch(
     "Run a function in several processes that train together."
     if processes < 1:
         raise InputError("processes", "must be at least 1", processes, "Pass how many there are GPUs.")
+    on_gpus = pick_device().type == "cuda"
+    if on_gpus and processes > torch.cuda.device_count():
+        step = "Pass that many at most, or set TRUTHGPT_DEVICE=cpu to train on the CPU."
+        raise InputError("processes", f"must be one for each of {torch.cuda.device_count()} GPUs", processes, step)
     from accelerate import debug_launcher, notebook_launcher
 
     try:
-        if torch.cuda.is_available():
+        if on_gpus:
             notebook_launcher(function, arguments, num_processes=processes)
         else:
             with warnings.catch_warnings():

@@ -670,7 +670,9 @@ def profiling(
 
 
 def _device(model: torch.nn.Module | None) -> torch.device:
-    return pick_device("cuda" if torch.cuda.is_available() else "cpu") if model is None else device_of(model)
+    if model is not None:
+        return device_of(model)
+    return pick_device("cpu" if pick_device().type == "mps" else "auto")
 
 
 @contextmanager

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +17,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .devices import device_of, evaluating, model_lock
+from .devices import device_of, evaluating, model_lock, synchronize
 from .linears import twin
 
 # %% auto #0
-__all__ = ['Slots', 'Part', 'ragged_attention', 'RaggedModel', 'ragged_refusal', 'last_logits']
+__all__ = ['Slots', 'Part', 'ragged_attention', 'RaggedModel', 'ragged_refusal', 'last_logits', 'CapturedSteps']
 
 # %% ../nbs/api/07a_ragged.ipynb #9e6a6962
 class Slots:
@@ -31,11 +33,13 @@ class Slots:
         self,
         count: int,  # how many requests at once, to begin with
         length: int,  # how many tokens of each, to begin with
+        spare: int = 0,  # further tokens of each, which no text has: for what is to be written nowhere
     ):
-        self.count, self.length = count, length
+        self.count, self.length, self.spare = count, length, spare
         self.keys: dict[int, torch.Tensor] = {}  # layer → slots × heads × length × size
         self.values: dict[int, torch.Tensor] = {}
         self._like: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → 1 × heads × 0 × size, what to make
+        self.version = 0  # another one whenever the tensors are others
 
     def update(
         self,
@@ -71,8 +75,9 @@ class Slots:
         return self.keys[layer], self.values[layer]
 
     def _make(self, layer: int) -> None:
+        self.version += 1
         for kept, like in zip((self.keys, self.values), self._like[layer], strict=True):
-            kept[layer] = like.new_zeros(self.count, like.shape[1], self.length, like.shape[3])
+            kept[layer] = like.new_zeros(self.count, like.shape[1], self.length + self.spare, like.shape[3])
 
     @torch.inference_mode()
     def read(
@@ -122,10 +127,10 @@ class Slots:
             for layer in self._like:
                 self._make(layer)
             return
-        self.count = min(self.count, count)
+        self.count, self.version = min(self.count, count), self.version + 1
         for kept in (self.keys, self.values):
             for layer, old in kept.items():  # one after the other, so that no two copies of all are held at once
-                new = old.new_zeros(count, old.shape[1], length, old.shape[3])
+                new = old.new_zeros(count, old.shape[1], length + self.spare, old.shape[3])
                 new[:used, :, : self.length] = old[:used, :, : self.length]
                 kept[layer] = new
         self.count, self.length = count, length
@@ -156,7 +161,7 @@ class Slots:
         length: int,  # how many tokens a slot has to hold
     ) -> None:
         "Forget everything, and take another size."
-        self.count, self.length = count, length
+        self.count, self.length, self.version = count, length, self.version + 1
         self.keys.clear()
         self.values.clear()
 
@@ -194,6 +199,7 @@ class _Step:
     singles: list[Part]  # one token each, in the order of their slots
     groups: list[_Group] = field(default_factory=list)
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict)
+    span: int | None = None  # of a step that is captured: how many keys are read for each of the first slots
 
     def on(self, device: torch.device) -> _Step:
         self.places = torch.tensor([part.slot for part in self.singles], device=device)
@@ -280,6 +286,10 @@ def _attended(
     keys[step.places, :, step.positions] = key[0, :, at:].transpose(0, 1)
     values[step.places, :, step.positions] = value[0, :, at:].transpose(0, 1)
     queries = query[0, :, at:].transpose(0, 1)[:, :, None]
+    if step.span is not None:
+        count, mask = len(step.places), _seen_in_span(step, sliding_window, query)
+        answers = attend.single(queries, keys[:count, :, : step.span], values[:count, :, : step.span], mask)
+        return answers[:, :, 0][None]
     for group in step.groups:
         slots = slice(group.slot, group.slot + group.end - group.first)
         first, mask = _seen_by(step, group, sliding_window, query)
@@ -327,6 +337,16 @@ def _seen_by(
             positions = step.positions[group.first : group.end]
             step.masks[about] = _window(positions, first, group.longest, sliding_window, like)[:, None, None]
     return first, step.masks[about]
+
+
+def _seen_in_span(step: _Step, sliding_window: int | None, like: torch.Tensor) -> torch.Tensor:
+    "The mask of a step that is captured: from the positions alone, which are others at each replay."
+    if sliding_window not in step.masks:
+        hidden = _window(step.positions, 0, step.span or 0, sliding_window, like)
+        step.masks[sliding_window] = hidden[:, None, None]
+    mask = step.masks[sliding_window]
+    assert mask is not None
+    return mask
 
 
 @dataclass(frozen=True)
@@ -387,6 +407,7 @@ class RaggedModel:
         model: Any,  # a transformers causal language model, on one device
         slots: int = 16,  # how many requests there is room for to begin with
         length: int = 256,  # and how many tokens of each
+        capture: bool = False,  # whether steps that only write are captured, and replayed from then on
     ):
         from transformers import AttentionInterface
 
@@ -397,8 +418,9 @@ class RaggedModel:
             if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
                 module.config._attn_implementation_internal = _NAME  # type: ignore[union-attr]
                 module.config.pad_token_id = None  # type: ignore[union-attr]  # there is none to be warned of
-        self.slots, self.device = Slots(slots, length), device_of(model)
+        self.slots, self.device = Slots(slots, length, spare=int(capture)), device_of(model)
         self._compiled: dict[torch.nn.Module, Any] = {}  # the layers, and what torch.compile makes of their forward
+        self.captured = CapturedSteps(self) if capture else None
 
     def compile(self) -> None:
         "Make one graph of each layer, for a single token and for several; forget all requests."
@@ -425,16 +447,24 @@ class RaggedModel:
             vars(layer).pop("forward", None)
             if on:
                 layer.forward = forward
+        if self.captured is not None:
+            self.captured.forget()
 
     def forward(
         self,
         parts: Sequence[Part],  # those of a single token in the order of their slots
     ) -> torch.Tensor:  # parts × vocabulary: the logits after the last token of each part
         "Work on the tokens of all parts, and keep their keys and values."
-        if not self._compiled:
+        if self.captured is not None and (logits := self.captured.forward(parts)) is not None:
+            return logits
+        with self._compiling_nothing():
             return self._forward(parts)
-        with torch.compiler.set_stance("eager_on_recompile"):  # what was not seen so far does not wait for a compiler
-            return self._forward(parts)
+
+    @contextmanager
+    def _compiling_nothing(self) -> Iterator[None]:
+        "What compiled layers have not seen so far does not wait for a compiler."
+        with torch.compiler.set_stance("eager_on_recompile") if self._compiled else nullcontext():
+            yield
 
     def _forward(self, parts: Sequence[Part]) -> torch.Tensor:
         chunks = [part for part in parts if len(part.ids) > 1 or part.start == 0]
@@ -524,3 +554,148 @@ def last_logits(
     ids = torch.tensor([list(row) for row in rows], device=device_of(model))
     with model_lock(model), evaluating(model):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+
+# %% ../nbs/api/07a_ragged.ipynb #0d54ec61
+_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_PATIENCE = 2  # how often a kind of step is done as ever before it is captured
+
+
+def _rounded(number: int, steps: Sequence[int], most: int) -> int:
+    "The next of the steps, and no more than there is."
+    return min(most, next((step for step in steps if step >= number), most))
+
+
+def _graph(run: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], Any], torch.Tensor]:
+    "What replays a captured run, and where its result is then."
+    with torch.cuda.device(device):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()  # loads kernels and makes work spaces, which must not happen in a capture
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = run()
+    return graph.replay, result
+
+
+@dataclass
+class _Replay:
+    "A captured step: what to fill in, what to call, and where the logits are then."
+
+    inputs: torch.Tensor  # ids, positions, slots and places in them: 4 × rows
+    nowhere: int  # a place in a slot that no text has
+    replay: Callable[[], Any]
+    logits: torch.Tensor  # rows × vocabulary
+
+    @torch.inference_mode()
+    def __call__(self, parts: Sequence[Part]) -> torch.Tensor:
+        self.fill(parts)
+        self.replay()
+        return self.logits[: len(parts)]
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        rows = [(part.ids[0], part.start, part.slot, part.start) for part in parts]
+        rows += [(0, 0, slot, self.nowhere) for slot in range(len(parts), self.inputs.shape[1])]
+        self.inputs.copy_(torch.tensor(rows).T)
+
+
+class CapturedSteps:
+    "The steps of a model in which each request writes one token, captured and replayed."
+
+    def __init__(
+        self,
+        model: RaggedModel,  # whose steps they are
+        make: Callable[..., tuple[Callable[[], Any], torch.Tensor]] = _graph,  # captures a run
+    ):
+        self.model, self.make = model, make
+        self.problem: str | None = None  # why nothing is captured any more
+        self.gains: list[float] = []  # how many times as fast each captured step was as the same step done as ever
+        self.count = 0  # how many steps were replayed
+        self.forget()
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"none: {self.problem}"
+        gains = f", each {min(self.gains):.3g} to {max(self.gains):.3g} times as fast" if self.gains else ""
+        return f"{self.count:,} steps replayed from {len(self.gains)} captured{gains}"
+
+    def forget(self) -> None:
+        "Let go of all that was captured, when kernels or tensors are others."
+        self._replays: dict[tuple[int, int], _Replay] = {}
+        self._seen: dict[tuple[int, int], int] = {}
+        self._pool: Any = None
+        self._version = self.model.slots.version
+
+    def forward(
+        self,
+        parts: Sequence[Part],  # of one step
+    ) -> torch.Tensor | None:  # parts × vocabulary, valid until the next step; None where the step is of another kind
+        "Replay a step, if there is a graph for it, or make one if it comes often."
+        slots = self.model.slots
+        alone = all(len(part.ids) == 1 and part.start > 0 and part.slot == i for i, part in enumerate(parts))
+        if not alone or not slots.keys or self.problem is not None:
+            return None
+        if slots.version != self._version:
+            self.forget()
+        longest = 1 + max(part.start for part in parts)
+        lengths = [64 << (i // 2) if i % 2 == 0 else 96 << (i // 2) for i in range(32)]  # 64, 96, 128, 192, 256, …
+        kind = _rounded(len(parts), _ROWS, slots.count), _rounded(longest, lengths, slots.length)
+        if (known := self._replays.get(kind)) is not None:
+            self.count += 1
+            return known(parts)
+        self._seen[kind] = self._seen.get(kind, 0) + 1
+        return self._captured(kind, parts) if self._seen[kind] > _PATIENCE else None
+
+    def _captured(self, kind: tuple[int, int], parts: Sequence[Part]) -> torch.Tensor:
+        "Capture a step, and hold it against the same step done as ever."
+        device = self.model.device
+        synchronize(device)
+        start = time.perf_counter()
+        with self.model._compiling_nothing():
+            expected = self.model._forward(parts)
+        synchronize(device)
+        as_ever = time.perf_counter() - start
+        try:
+            with torch.inference_mode(), self.model._compiling_nothing():
+                made = self._made(kind, parts)
+            synchronize(device)
+            start = time.perf_counter()
+            got = made(parts)
+            synchronize(device)
+            gain = as_ever / (time.perf_counter() - start)
+        except Exception as error:  # of any kind: models do what they like
+            self._give_up(f"a step cannot be captured: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return expected
+        drift = float((got - expected).float().norm() / expected.float().norm())
+        if not drift <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1):
+            self._give_up(f"the logits of a captured step are off by {drift:.2g}")
+        elif gain <= 1:
+            self._give_up(f"a captured step is not faster: {gain:.2f} times")
+        else:
+            self.gains.append(gain)
+            self._replays[kind] = made
+        return expected
+
+    def _made(self, kind: tuple[int, int], parts: Sequence[Part]) -> _Replay:
+        rows, span = kind
+        model, slots = self.model.model, self.model.slots
+        inputs = torch.empty(4, rows, dtype=torch.long, device=self.model.device)
+
+        def run() -> torch.Tensor:
+            step = _Step(slots, [], [parts[0]], span=span)
+            step.places, step.positions = inputs[2], inputs[3]
+            with _during(step):
+                told = {"input_ids": inputs[:1], "position_ids": inputs[1:2], "past_key_values": slots}
+                return model(**told, use_cache=True, logits_to_keep=0).logits[0]
+
+        made = _Replay(inputs, slots.length, lambda: None, inputs)
+        made.fill(parts)  # before anything runs: it writes keys and values
+        if self._pool is None and self.model.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        made.replay, made.logits = self.make(run, self.model.device, self._pool)
+        return made
+
+    def _give_up(self, problem: str) -> None:
+        self.forget()
+        self.problem = problem
+        warnings.warn(f"steps are not captured as CUDA graphs: {problem}", stacklevel=2)

@@ -89,6 +89,12 @@ def _is_span(event: Any) -> bool:
     return not event.linked_correlation_id() and event.start_thread_id() == event.end_thread_id()
 
 
+def _is_python(event: Any) -> bool:
+    "Whether it is a call of a Python function, which are recorded where stacks are."
+    told = getattr(event, "is_python_function", None)  # older releases of torch do not tell
+    return told() if told else ".py(" in event.name() or event.name().startswith("<built-in ")
+
+
 def _lines(event: Any, count: int = 3) -> str:
     "The innermost lines of the stack, up to where the program starts; torch's own only where there are no others."
     lines = [line for line in event.stack() if "(" in line and "torch/nn/modules/module.py" not in line]
@@ -282,7 +288,7 @@ class _Reader:
             if event.device_type() != DeviceType.CPU:
                 if not event.is_user_annotation():
                     self._kernels[event.linked_correlation_id()] += event.duration_ns()
-            elif _is_span(event) and not event.is_python_function():
+            elif _is_span(event) and not _is_python(event):
                 spans.append((event.start_ns(), -event.end_ns(), event.correlation_id(), event))
         for start, minus_end, number, event in sorted(spans, key=lambda span: span[:3]):
             stack = self._stacks[event.start_thread_id()]

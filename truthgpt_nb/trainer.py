@@ -38,7 +38,7 @@ from truthgpt_nb.checkpoint import (
 )
 from .configs import TrainingConfig, to_dict, updated
 from .core import ConfigError, InputError, Table, format_bytes, subplots
-from .devices import device_of, evaluating, seeded
+from .devices import device_of, evaluating, pick_device, seeded
 
 # %% auto #0
 __all__ = ['next_token', 'Objective', 'next_token_loss', 'next_token_count', 'rate_share', 'parameter_groups', 'MuonAdamW',
@@ -477,7 +477,11 @@ def _accelerator_if_many() -> Any:
         return None
     from accelerate import Accelerator
 
-    alone = not (torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
+    on_cpu, local = pick_device().type == "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and local > torch.accelerator.device_count():
+        step = "Start one for each, or set TRUTHGPT_DEVICE=cpu to train on the CPU."
+        raise InputError("processes", f"must be one for each of {torch.accelerator.device_count()} GPUs", local, step)
+    alone = on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     return Accelerator(cpu=alone)  # which does not see several processes on a CPU unless it is told
 
 # %% ../nbs/api/16_trainer.ipynb #e868c03e
