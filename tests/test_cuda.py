@@ -2,7 +2,6 @@
 
 import copy
 import time
-import warnings
 
 import pytest
 import torch
@@ -114,9 +113,6 @@ def test_attention_agrees_with_the_definition(backend, dtype, recwarn):
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 2e-2}[dtype]
     for name in NAMES if backend != "flex" else ("causal", "packed window", "added"):
         shapes = [(2, 4, 96, 32), (2, 2, 96, 32), (2, 2, 96, 32)]
-        warnings.simplefilter(
-            "ignore" if backend in ("flash", "efficient", "cudnn") else "error"
-        )  # that torch stands in
         q, k, v = inputs = [torch.randn(shape).to("cuda", dtype).requires_grad_() for shape in shapes]
         mask = masks(name)
         moved = AttentionMask(
@@ -171,7 +167,7 @@ def test_a_profile_counts_the_time_of_the_kernels():
     profile = ModelProfiler(model).profile({"input_ids": ids})
     modules = {one.path: one.seconds for one in profile.module_times}
     layers = sum(seconds for name, seconds in modules.items() if name.removeprefix("model.layers.").isdigit())
-    assert 0.3 * profile.seconds < layers < 1.5 * profile.seconds
+    assert 0.3 * profile.timed_seconds < layers < profile.timed_seconds
     kernels = sum(one.seconds for one in profile.roofline.operators)
     assert 0.5 * profile.roofline.seconds < kernels < 1.2 * profile.roofline.recorded_seconds
     assert profile.roofline.on_gpu and 0.9 < profile.roofline.distance < 100
@@ -222,7 +218,7 @@ def test_a_ledger_tells_what_is_held_on_the_gpu():
 def test_a_batch_is_made_smaller_until_it_fits():
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(2**30 / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
     try:
         ones = lambda size: torch.ones(size, 2**22, device="cuda").sum().item()
         search = find_batch_size(ones, start=128, shrink=0.5)

@@ -114,7 +114,7 @@ def test_every_architecture_writes_what_generate_writes(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT2", "Mistral"])
-def test_steps_that_are_replayed_write_the_same(name, monkeypatch):
+def test_what_is_done_on_a_gpu_writes_the_same(name, monkeypatch):
     def run_again(run, device, pool):  # in place of a CUDA graph
         out, calls = run().clone(), itertools.count()
         return lambda: out.copy_(run()) if next(calls) else None, out
@@ -126,13 +126,21 @@ def test_steps_that_are_replayed_write_the_same(name, monkeypatch):
         made_ones[-1].captured.make = run_again
         return made_ones[-1]
 
+    batches = []
+
+    def in_a_batch(chunks, device):
+        batches.append(len(chunks) > 1 and not any(part.start for part in chunks))
+        return batches[-1]
+
     monkeypatch.setattr(engine_module, "RaggedModel", capturing)
+    monkeypatch.setattr(ragged, "_in_a_batch", in_a_batch)
     model, requests = made(name), some_requests(seed=3, count=30)
     expected = [alone(model, *request) for request in requests]
-    with InferenceEngine(model, max_batch_size=5, chunk_tokens=24) as engine:
+    with InferenceEngine(model, max_batch_size=5, chunk_tokens=150) as engine:
         together = engine.generate_batch([ids for ids, _ in requests], settings_of(requests))
         assert [one.tokens for one in together] == expected
         assert "steps replayed from" in str(engine.stats())
+    assert any(batches)
     assert made_ones[-1].captured.problem is None and made_ones[-1].captured.count > 30
 
 

@@ -256,8 +256,11 @@ class InferenceConfig:
         ge=2,
         description="how many tokens have keys and values at once; chosen from the free memory when not given",
     )
-    chunk_tokens: int = Field(
-        default=512, ge=1, le=1_000_000, description="how many tokens of prompts one step takes in at most"
+    chunk_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="how many tokens of prompts one step takes in at most; when not given 512, on a GPU 8192",
     )
     precision: Literal["exact", "fast", "int8", "auto", "float32", "float16", "bfloat16"] = Field(
         default="exact",

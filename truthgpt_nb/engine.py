@@ -353,6 +353,7 @@ class _Work:
         self.running: list[Generation] = []  # by slot; this and what follows is for the thread that is at work
         self.limit = config.max_batch_size  # how many at once; halved when memory runs out
         self.room = config.max_tokens  # how many tokens have keys and values at once
+        self.chunk = config.chunk_tokens or (512 if device_of(model).type == "cpu" else 8192)
         self.prefix: PrefixCache | None = None
         if config.prefix_bytes:
             self.prefix = PrefixCache(config.prefix_bytes, config.prefix_dir, config.prefix_disk_bytes)
@@ -590,7 +591,7 @@ class _Work:
         return found
 
     def row_counts(self) -> tuple[int, ...]:
-        return 1, min(32, self.config.max_batch_size), self.config.chunk_tokens
+        return 1, min(32, self.config.max_batch_size), self.chunk
 
     def precision(self) -> str:
         "The one that was asked for, or the fastest that the model bears."
@@ -643,7 +644,7 @@ class _Work:
 
     def _let_in(self) -> None:
         "Take in waiting requests while there are slots, memory, and prompt tokens left to this step."
-        room = self.config.chunk_tokens - sum(one.missing for one in self.running)
+        room = self.chunk - sum(one.missing for one in self.running)
         most = self.limit if self.ragged is not None else 1
         while self.waiting and room > 0 and len(self.running) < most and self._fits(self.waiting[0]):
             if self._is_being_computed(self.waiting[0]):
@@ -716,7 +717,7 @@ class _Work:
 
     def _parts(self) -> list[Part]:
         "One token of each request that writes, and prompts up to `chunk_tokens`."
-        parts, room = list[Part](), self.config.chunk_tokens
+        parts, room = list[Part](), self.chunk
         for slot, generation in enumerate(self.running):
             new = generation.ids[generation.known :]
             if len(new) > 1:

@@ -44,7 +44,9 @@ _numbered: weakref.WeakValueDictionary[int, _Kernel] = weakref.WeakValueDictiona
 
 
 @torch.library.custom_op(
-    "truthgpt_nb::product", mutates_args=(), schema="(Tensor x, SymInt number, SymInt outputs) -> Tensor"
+    f"{__name__.replace('.', '_')}::product",
+    mutates_args=(),
+    schema="(Tensor x, SymInt number, SymInt outputs) -> Tensor",
 )
 def _numbered_product(x: torch.Tensor, number: int, outputs: int) -> torch.Tensor:
     return _numbered[number].product(x)

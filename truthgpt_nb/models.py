@@ -439,8 +439,10 @@ def _quantization(settings: ModelConfig, device: torch.device) -> dict[str, Any]
         raise ModelError("quantization", "must be int8 without CUDA, which int4 has its kernels for", "int4", step)
     from transformers import TorchAoConfig
 
-    kinds = {"int8": torchao.Int8WeightOnlyConfig, "int4": torchao.Int4WeightOnlyConfig}
-    return {"quantization_config": TorchAoConfig(kinds[settings.quantization]())}
+    if settings.quantization == "int8":
+        return {"quantization_config": TorchAoConfig(torchao.Int8WeightOnlyConfig())}
+    packed = {"group_size": 32, "int4_packing_format": "tile_packed_to_4d"}  # for torch's own kernel, and any width
+    return {"quantization_config": TorchAoConfig(torchao.Int4WeightOnlyConfig(**packed))}
 
 
 def _load_weights(

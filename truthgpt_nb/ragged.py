@@ -190,6 +190,17 @@ class _Group:
     longest: int  # of their texts, with the new token
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    "Where the tokens of prompts belong that are worked on as a padded batch."
+
+    rows: torch.Tensor  # of the batch, one for each token
+    slots: torch.Tensor
+    positions: torch.Tensor
+    count: int  # of rows
+    longest: int
+
+
 @dataclass
 class _Step:
     "Which token of the row belongs where; what the attention function needs to know."
@@ -201,10 +212,28 @@ class _Step:
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict)
     span: int | None = None  # of a step that is captured: how many keys are read for each of the first slots
 
+    prompts: _Prompts | None = None  # what `_in_a_batch` says, of all chunks
+
     def on(self, device: torch.device) -> _Step:
+        if _in_a_batch(self.chunks, device):
+            tokens = [
+                (row, part.slot, position) for row, part in enumerate(self.chunks) for position in range(len(part.ids))
+            ]
+            rows, slots, positions = torch.tensor(tokens, device=device).T
+            self.prompts = _Prompts(
+                rows, slots, positions, len(self.chunks), max(len(part.ids) for part in self.chunks)
+            )
         self.places = torch.tensor([part.slot for part in self.singles], device=device)
         self.positions = torch.tensor([part.start for part in self.singles], device=device)
         return self
+
+
+def _in_a_batch(chunks: list[Part], device: torch.device) -> bool:
+    "Whether prompts are worked on as a padded batch: on a GPU, where a call costs more than what it computes."
+    if device.type == "cpu" or len(chunks) < 2 or any(part.start for part in chunks):
+        return False
+    sizes = [len(part.ids) for part in chunks]
+    return len(sizes) * max(sizes) <= 4 * sum(sizes)
 
 
 _now: ContextVar[_Step] = ContextVar("step")
@@ -269,7 +298,12 @@ def _attended(
     attend = _Attention(scaling, softcap, s_aux)
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     at = 0
-    for part in step.chunks:
+    if step.prompts is not None:
+        prompts, at = step.prompts, len(step.prompts.rows)
+        q, k, v = (x[0, :, :at].transpose(0, 1) for x in (query, key, value))
+        keys[prompts.slots, :, prompts.positions], values[prompts.slots, :, prompts.positions] = k, v
+        out[0, :at] = _prompts_attended(prompts, q, k, v, attend, sliding_window)
+    for part in step.chunks if step.prompts is None else ():
         end, stop = at + len(part.ids), part.start + len(part.ids)
         keys[part.slot, :, part.start : stop] = key[0, :, at:end]
         values[part.slot, :, part.start : stop] = value[0, :, at:end]
@@ -300,7 +334,7 @@ def _attended(
 
 
 _traced = torch.library.custom_op(  # what torch.compile sees of it
-    "truthgpt_nb::attention",
+    f"{__name__.replace('.', '_')}::attention",  # another one in a notebook than in the package
     _attended,
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, SymInt layer, float? scaling, SymInt? sliding_window,"
@@ -311,6 +345,27 @@ _traced = torch.library.custom_op(  # what torch.compile sees of it
 @_traced.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _prompts_attended(
+    prompts: _Prompts,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attend: _Attention,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    "Prompts with nothing before them as one batch; what fills up the shorter ones stands behind them, so none sees it."
+    batch, longest = [], prompts.longest
+    for tokens in (query, keys, values):
+        padded = tokens.new_zeros(prompts.count, longest, *tokens.shape[1:])
+        padded[prompts.rows, prompts.positions] = tokens
+        batch.append(padded.transpose(1, 2))
+    mask = None
+    if sliding_window and longest > sliding_window:
+        mask = _window(torch.arange(longest, device=query.device), 0, longest, sliding_window, query)
+    answers = attend(batch[0], batch[1], batch[2], mask, causal=mask is None)
+    return answers.transpose(1, 2)[prompts.rows, prompts.positions]
 
 
 def _window(
@@ -429,7 +484,8 @@ class RaggedModel:
         self._compiled = {layer: torch.compile(layer.forward, dynamic=True, fullgraph=True) for layer in layers}
         self.use_compiled(True)
         self.slots.reset(2, 64)
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # all layers are one but for their number
+        # all layers are one but for their number; models share their code, so one process makes many graphs of it
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=256):
             for parts in ([Part(0, 0, [0, 0])], [Part(0, 2, [0])], [Part(0, 3, [0]), Part(1, 0, [0])]):
                 self._forward(parts)
 
