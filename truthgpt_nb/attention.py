@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -724,11 +724,11 @@ def _flex(
     from torch.nn.attention.flex_attention import create_block_mask
 
     seen, added = _flex_rules(mask, q, k)
-    batch = 1 if mask.documents is None and mask.visible is None else q.shape[0]
-    heads = 1 if mask.visible is None else q.shape[1]
-    blocks = (
-        create_block_mask(seen, batch, heads, q.shape[2], k.shape[2], device=q.device) if mask.kind != "full" else None
-    )
+    if mask.documents is None and mask.visible is None:
+        blocks = _blocks_of_rule(mask.causal, mask.window, q.shape[2], k.shape[2], q.device)
+    else:
+        heads = 1 if mask.visible is None else q.shape[1]
+        blocks = create_block_mask(seen, q.shape[0], heads, q.shape[2], k.shape[2], device=q.device)
     grouped = q.shape[1] != k.shape[1]
     options = (
         {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda and q.shape[2] > 1 else None
@@ -743,6 +743,18 @@ def _flex(
 
 
 _MOST_SHAPES = 64
+
+
+@lru_cache(_MOST_SHAPES)
+def _blocks_of_rule(causal: bool, window: int | None, queries: int, keys: int, device: torch.device) -> Any:
+    "Which blocks a rule alone leaves open: making this takes longer than attention does, and it is always the same."
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if not causal and window is None:
+        return None
+    q, k = (torch.empty(1, 1, length, 1, device=device) for length in (queries, keys))
+    seen, _ = _flex_rules(AttentionMask(causal, window), q, k)
+    return create_block_mask(seen, 1, 1, queries, keys, device=device)
 
 
 def _flex_rules(mask: AttentionMask, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, Any]:

@@ -188,7 +188,7 @@ def dry_run(
     device = pick_device(settings.device)
     built = weightless(model, settings)
     _check_length(built, settings)
-    with _tracing(built), FakeTensorMode(allow_non_fake_inputs=True):
+    with _tracing(built), _documents_unpacked(), FakeTensorMode(allow_non_fake_inputs=True):
         built = _emptied(built, device)
         run = _train if settings.task == "train" else _generate if settings.task == "generate" else _forward
         return run(built, settings, device)
@@ -210,6 +210,20 @@ def _tracing(model: Any) -> Iterator[None]:
         raise ModelError(type(model).__name__, "must run on tensors without values", line, step) from error
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _documents_unpacked() -> Iterator[None]:
+    "No search for packed documents, which transformers cannot do without values, and for which it would make a mask."
+    from transformers import masking_utils
+
+    search = getattr(masking_utils, "find_packed_sequence_indices", None)
+    try:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        yield
+    finally:
+        if search is not None:
+            masking_utils.find_packed_sequence_indices = search
 
 
 def _check_length(model: Any, settings: MemorySettings) -> None:
