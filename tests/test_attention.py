@@ -350,7 +350,7 @@ def test_flex_rules_are_the_mask():
 def test_flex_beyond_the_limit_of_shapes_is_replaced_and_said(monkeypatch):
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    def beyond(*_):
+    def beyond(*_, **__):
         raise FailOnRecompileLimitHit("limit")
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: beyond)

@@ -162,7 +162,7 @@ _LONG_ENOUGH = 0.005  # seconds, against the 30 us that starting and waiting tak
 
 
 def _fastest(run: Callable[[], Any], device: torch.device, seconds: float, least: int = 3) -> float:
-    "The shortest time of a call; the first call is not counted. On a GPU of one among many, as waiting for it takes long."
+    "The shortest time of a call, on a GPU of one among many, as waiting takes long; the first is not counted."
     run()
     synchronize(device)
     times: list[float] = []
