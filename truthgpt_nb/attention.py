@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import math
 import time
 import warnings
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .core import InputError, Table, require, subplots, unknown_name, user_cache_dir, write_whole
+from .core import InputError, Table, remember, remembered, require, subplots, unknown_name
 from truthgpt_nb.devices import (
     compiler_problem,
     device_of,
@@ -1036,11 +1035,11 @@ def _chosen_anew(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask, training
     candidates = [name for name in ("torch", "eager", "flash", "xformers") if _may_win(name, q, k, mask, training)]
     if len(candidates) == 1:
         return BackendChoice("auto", "torch", f"the only one that may be fastest for {case}")
-    file, place = user_cache_dir() / "attention.json", _place(q.device.type, torch.get_num_threads())
-    times = _recalled(file, place, case, candidates)
+    place = _place(q.device.type, torch.get_num_threads())
+    times = remembered("attention", place, case, lambda known: {name: float(known[name]) for name in candidates})
     if times is None:
         times = attention_seconds(q, k, mask, candidates, training)
-        _remember(file, place, case, times)
+        remember("attention", place, case, times)
     best = min(times, key=lambda name: times[name])
     used = best if times["torch"] > _MARGIN * times[best] else "torch"
     return BackendChoice("auto", used, f"measured on this machine, for {case}")
@@ -1108,29 +1107,6 @@ def _least_in_turn(calls: Mapping[str, Callable[[], Any]], device: torch.device)
         if time.perf_counter() > end or max(least.values()) > _DECIDED * min(least.values()):
             break
     return least
-
-
-def _recalled(file: Any, place: str, case: str, backends: Sequence[str]) -> dict[str, float] | None:
-    try:
-        times = json.loads(file.read_text(encoding="utf-8"))[place][case]
-        return {name: float(times[name]) for name in backends}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _remember(file: Any, place: str, case: str, times: dict[str, float]) -> None:
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    here = known.get(place)
-    known[place] = (here if isinstance(here, dict) else {}) | {case: times}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(known, indent=1))
-    except OSError:
-        return  # a cache that cannot be written is measured again next time
 
 # %% ../nbs/api/05_attention.ipynb #534368cd
 class KVCache:

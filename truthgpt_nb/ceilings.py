@@ -5,7 +5,6 @@
 # %% ../nbs/api/12c_ceilings.ipynb #5d793814
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .core import InputError, Table, format_bytes, subplots, user_cache_dir, write_whole
+from .core import InputError, Table, format_bytes, remember, remembered, subplots
 from .devices import available_memory, environment, pick_device, synchronize
 
 # %% auto #0
@@ -249,19 +248,11 @@ def machine_ceilings(
 ) -> Ceilings:  # shows itself as a table
     "The ceilings of a device, measured when they are not known yet."
     device = _measurable(device)
-    file, place = user_cache_dir() / "ceilings.json", _place(device)
-    known = _known(file)
-    if not fresh:
-        try:
-            return _checked(known[place])
-        except (KeyError, TypeError, ValueError):
-            pass
-    found = measure_ceilings(device)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(known | {place: found.to_dict()}, indent=1))
-    except OSError:
-        pass
+    place = _place(device)
+    found = None if fresh else remembered("ceilings", place, "all", _checked)
+    if found is None:
+        found = measure_ceilings(device)
+        remember("ceilings", place, "all", found.to_dict())
     return found
 
 
@@ -272,14 +263,6 @@ def _place(device: torch.device) -> str:
     if device.type == "cuda":
         parts += [torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"]
     return ", ".join([*parts, f"revision {_REVISION}"])
-
-
-def _known(file: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _checked(record: dict[str, Any]) -> Ceilings:

@@ -9,18 +9,20 @@ import difflib
 import hashlib
 import html
 import importlib
+import json
 import os
 import reprlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 # %% auto #0
 __all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'CheckpointError', 'EngineError',
            'RemoteError', 'DependencyError', 'nearest', 'unknown_name', 'require', 'format_seconds', 'format_bytes',
-           'format_ratio', 'Table', 'subplots', 'write_whole', 'file_digest', 'user_cache_dir']
+           'format_ratio', 'Table', 'subplots', 'write_whole', 'file_digest', 'user_cache_dir', 'remembered',
+           'remember']
 
 # %% ../nbs/api/00_core.ipynb #8d4e13f0
 class TruthGPTError(Exception):
@@ -264,3 +266,45 @@ def user_cache_dir() -> Path:  # the folder; not made until something is written
     if home := os.environ.get("TRUTHGPT_HOME"):
         return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "truthgpt_nb"
+
+# %% ../nbs/api/00_core.ipynb #7c8406f9
+_T = TypeVar("_T")
+
+
+def remembered(
+    kind: str,  # of measurement: the name of the file
+    place: str,  # what it was made on: processor, versions
+    key: str,  # what was measured
+    read: Callable[[Any], _T],  # makes of what was kept what is asked for, and raises where it is something else
+) -> _T | None:  # None when it is not known, or not usable
+    "What was measured before on this machine."
+    try:
+        return read(_measurements(kind)[place][key])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def remember(
+    kind: str,  # of measurement: the name of the file
+    place: str,  # what it was made on: processor, versions
+    key: str,  # what was measured
+    value: Any,  # ready for JSON
+) -> None:
+    "Keep a measurement of this machine."
+    known = _measurements(kind)
+    here = known.get(place)
+    known[place] = (here if isinstance(here, dict) else {}) | {key: value}
+    file = user_cache_dir() / f"{kind}.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(known, indent=1))
+    except OSError:
+        return
+
+
+def _measurements(kind: str) -> dict[str, Any]:
+    try:
+        known = json.loads((user_cache_dir() / f"{kind}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

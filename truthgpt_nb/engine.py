@@ -1051,9 +1051,10 @@ class InferenceEngine:
         tolerance: Tolerance | None = None,  # how far the distributions may move
     ) -> Evidence:  # speed, identical continuations, KL divergence, perplexity; a verdict
         "This engine against one that is exact, on your prompts."
-        written = GenerationConfig(max_new_tokens=max_new_tokens)
+        written, chosen = GenerationConfig(max_new_tokens=max_new_tokens), self.precision
         exact = InferenceEngine(self.model, updated(self.config, precision="exact", prefix_bytes=0, compile=False))
-        other = InferenceEngine(self.model, updated(self.config, precision=self.precision, prefix_bytes=0))
+        other = InferenceEngine(self.model, updated(self.config, prefix_bytes=0))
+        other._work.choice = self._work.choice
 
         def run(engine: InferenceEngine) -> list[list[int]]:
             return [one.tokens for one in engine.generate_batch(prompts, written, stop_ids=())]
@@ -1073,7 +1074,7 @@ class InferenceEngine:
             return compare(
                 lambda: run(exact),
                 lambda: run(other),
-                name=f"precision {other.precision}",
+                name=f"precision {chosen}",
                 settings=settings,
                 tolerance=updated(tolerance or Tolerance(), identical=0.0),  # reported; judged are the distributions
                 measure=measure,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import time
 import warnings
 import weakref
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import InputError, unknown_name, user_cache_dir, write_whole
+from .core import InputError, remember, remembered, unknown_name
 from .devices import environment
 
 # %% auto #0
@@ -300,33 +299,19 @@ _REVISION = 2  # of the kernels: those that were timed before have changed
 
 
 def _remembered_seconds(shape: tuple[int, int], counts: tuple[int, ...], kernels: list[str]) -> dict[str, list[float]]:
-    file, machine = user_cache_dir() / "kernels.json", environment()
+    machine = environment()
     place = f"{machine['processor']}, {machine['instructions']}, torch {machine['torch']}, {machine['threads']} threads"
     place += f", kernels {_REVISION}"
     key = f"{shape[0]} × {shape[1]} for {counts} rows: {', '.join(kernels)}"
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return {kernel: [float(value) for value in known[place][key][kernel]] for kernel in ("stock", *kernels)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    times = kernel_seconds(shape, counts, kernels)
-    _remember(file, place, key, times)
+
+    def read(known: Any) -> dict[str, list[float]]:
+        return {kernel: [float(value) for value in known[kernel]] for kernel in ("stock", *kernels)}
+
+    times = remembered("kernels", place, key, read)
+    if times is None:
+        times = kernel_seconds(shape, counts, kernels)
+        remember("kernels", place, key, times)
     return times
-
-
-def _remember(file: Any, place: str, key: str, times: dict[str, list[float]]) -> None:
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        known = known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        known = {}
-    here = known.get(place)
-    known[place] = (here if isinstance(here, dict) else {}) | {key: times}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(known, indent=1))
-    except OSError:
-        return
 
 # %% ../nbs/api/06b_linears.ipynb #0bdf5459
 def same_input(
@@ -411,13 +396,17 @@ def replace_linears(
     model: nn.Module,  # changed in place: a twin, with the modules of its own
     choose: Callable[[tuple[int, int]], str],  # the kernel for a shape out × in, "stock" for none
     together: Sequence[Sequence[str]] = (),  # layers to join, as `same_input` found them
+    only: Callable[[Sequence[str]], bool] | None = None,  # which, by the names of layers of one input; all if not given
 ) -> Replaced:  # how many layers run in which kernel
     "Put a faster kernel in place of each linear layer."
-    groups = [[model.get_submodule(name) for name in names] for names in together]
+    asked = [names for names in together if only is None or only(names)]
+    groups = [[model.get_submodule(name) for name in names] for names in asked]
     groups = [layers for layers in groups if choose(_joined_shape(layers)) != "stock"]
     joined = {layer for layers in groups for layer in layers}
-    alone = [layer for layer in list(model.modules())[1:] if layer not in joined]
-    groups += [[layer] for layer in alone if _plain_weight(layer) is not None]
+    alone = {layer: name for name, layer in model.named_modules() if name and layer not in joined}
+    plain = [(layer, name) for layer, name in alone.items() if _plain_weight(layer) is not None]
+    with_others = {name: names for names in together for name in names}
+    groups += [[layer] for layer, name in plain if only is None or only(with_others.get(name, [name]))]
     groups.sort(key=lambda layers: -prod(_joined_shape(layers)))  # the longest first, so that no thread is last with it
     chosen = [choose(_joined_shape(layers)) for layers in groups]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # most kernels lay out their weights in one thread
@@ -437,15 +426,14 @@ def replace_linears(
 def linear_shapes(
     model: nn.Module,  # any module
     together: Sequence[Sequence[str]] = (),  # layers to join
-) -> dict[tuple[int, int], int]:  # out × in → how many products
-    "The shapes of the linear layers that `replace_linears` would reach."
-    groups = [[model.get_submodule(name) for name in names] for names in together]
-    shapes = Counter(_joined_shape(layers) for layers in groups)
-    joined = {layer for layers in groups for layer in layers}
-    for module in model.modules():
-        if module not in joined and (weight := _plain_weight(module)) is not None:
-            shapes[weight.shape[0], weight.shape[1]] += 1
-    return dict(shapes)
+) -> dict[tuple[str, ...], tuple[int, int]]:  # the names of the layers of one product → out × in
+    "The shapes of the products that `replace_linears` would reach."
+    shapes = {tuple(names): _joined_shape([model.get_submodule(name) for name in names]) for names in together}
+    joined = {name for names in shapes for name in names}
+    for name, module in model.named_modules():
+        if name not in joined and (weight := _plain_weight(module)) is not None:
+            shapes[name,] = weight.shape[0], weight.shape[1]
+    return shapes
 
 
 def _plain_weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:

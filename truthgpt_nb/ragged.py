@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -663,7 +664,8 @@ class CapturedSteps:
         model: RaggedModel,  # whose steps they are
         make: Callable[..., tuple[Callable[[], Any], torch.Tensor]] = _graph,  # captures a run
     ):
-        self.model, self.make = model, make
+        self.make = make
+        self.model: RaggedModel = weakref.proxy(model)  # it holds this, and its memory is to go when it does
         self.problem: str | None = None  # why nothing is captured any more
         self.gains: list[float] = []  # how many times as fast each captured step was as the same step done as ever
         self.count = 0  # how many steps were replayed
@@ -688,11 +690,11 @@ class CapturedSteps:
     ) -> torch.Tensor | None:  # parts × vocabulary, valid until the next step; None where the step is of another kind
         "Replay a step, if there is a graph for it, or make one if it comes often."
         slots = self.model.slots
+        if slots.version != self._version:
+            self.forget()
         alone = all(len(part.ids) == 1 and part.start > 0 and part.slot == i for i, part in enumerate(parts))
         if not alone or not slots.keys or self.problem is not None:
             return None
-        if slots.version != self._version:
-            self.forget()
         longest = 1 + max(part.start for part in parts)
         lengths = [64 << (i // 2) if i % 2 == 0 else 96 << (i // 2) for i in range(32)]  # 64, 96, 128, 192, 256, …
         kind = _rounded(len(parts), _ROWS, slots.count), _rounded(longest, lengths, slots.length)
