@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .core import InputError, Table, remember, remembered, require, subplots, unknown_name
+from .core import InputError, ShownAsTable, Table, remember, remembered, require, subplots, unknown_name
 from truthgpt_nb.devices import (
     compiler_problem,
     device_of,
@@ -1476,8 +1476,8 @@ class AttentionChange:
     layers: int  # how many layers that concerns
 
 
-@dataclass(eq=False)
-class SwapReport:
+@dataclass(eq=False, repr=False)
+class SwapReport(ShownAsTable):
     "What was switched, and whether the output is the same; as a context manager it is put back at the end."
 
     backend: str  # that was asked for
@@ -1509,12 +1509,6 @@ class SwapReport:
         "All of it as plain data."
         names = ("backend", "verdict", "reason", "difference", "tolerance", "calls")
         return {name: getattr(self, name) for name in names} | {"changes": [asdict(c) for c in self.changes]}
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def swap_attention(

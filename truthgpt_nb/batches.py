@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError, Table, subplots
+from .core import InputError, ShownAsTable, Table, subplots
 
 # %% auto #0
 __all__ = ['Batches', 'shuffled', 'sample_seed', 'best_fit', 'Plan', 'make_plan']
@@ -66,7 +66,7 @@ Batches = list[list[list[int]]]  # batches of rows of examples
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(ShownAsTable):
     "The batches of an epoch, or of one part of a stream."
 
     lengths: np.ndarray  # of the examples, in tokens
@@ -146,12 +146,6 @@ class Plan:
         right.plot(self.tokens(), ".", color="tab:blue")
         right.set(xlabel="batch", ylabel="tokens", ylim=(0, 1.1 * max(self.tokens())))
         return figure
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _check_limit(name: str, limit: int | None, lengths: np.ndarray, step: str) -> None:

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from .configs import CacheConfig
-from .core import CacheError, InputError, Table, format_bytes, format_seconds
+from .core import CacheError, InputError, ShownAsTable, Table, format_bytes, format_seconds
 
 # %% auto #0
 __all__ = ['Hit', 'CacheStats', 'CacheManager', 'open_cache', 'clear_cache']
@@ -343,8 +343,8 @@ def _corrupt(message: str) -> sqlite3.DatabaseError:
     return error
 
 # %% ../nbs/api/07_cache.ipynb #01fd82b6
-@dataclass(frozen=True)
-class CacheStats:
+@dataclass(frozen=True, repr=False)
+class CacheStats(ShownAsTable):
     "What a cache did in this process, and what it holds."
 
     hits_memory: int  # found in memory
@@ -385,12 +385,6 @@ class CacheStats:
             **held,
             "evicted": getattr(self, f"evicted_{tier}"),
         }
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 class CacheManager:

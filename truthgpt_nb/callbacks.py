@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .configs import to_dict
-from .core import InputError, Table
+from .core import InputError, ShownAsTable, Table
 from .devices import device_of, evaluating, seeded
 from .tracker import ExperimentTracker
 from .trainer import Trainer
@@ -87,7 +87,7 @@ class Tracking:
         self.run = dict(state)
 
 # %% ../nbs/api/16a_callbacks.ipynb #e29e154e
-class Samples:
+class Samples(ShownAsTable):
     "Lets the model go on with some prompts now and then."
 
     def __init__(
@@ -143,12 +143,6 @@ class Samples:
     def table(self) -> Table:  # a row a sample
         "All samples, the oldest first."
         return Table(self.rows, "samples")
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 # %% ../nbs/api/16a_callbacks.ipynb #21b8a271
 class LiveFigure:

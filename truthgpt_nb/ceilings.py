@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .core import InputError, Table, format_bytes, remember, remembered, subplots
+from .core import InputError, ShownAsTable, Table, format_bytes, remember, remembered, subplots
 from .devices import available_memory, environment, pick_device, synchronize
 
 # %% auto #0
@@ -23,7 +23,7 @@ __all__ = ['Ceilings', 'draw_roofs', 'measure_ceilings', 'machine_ceilings']
 
 # %% ../nbs/api/12c_ceilings.ipynb #afca63f1
 @dataclass(frozen=True, repr=False)
-class Ceilings:
+class Ceilings(ShownAsTable):
     "The most that was measured on a device; a lower bound of what it can do, if others used it at the time."
 
     device: str  # cpu, or cuda:N
@@ -79,12 +79,6 @@ class Ceilings:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "The ceilings as plain data."
         return asdict(self)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _rate(flops: float) -> str:

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
-from .core import CheckpointError, InputError, Table, format_bytes
+from .core import CheckpointError, InputError, ShownAsTable, Table, format_bytes
 
 # %% auto #0
 __all__ = ['split_tree', 'is_sharded', 'join_tree', 'rng_state', 'set_rng_state', 'RandomState', 'Checkpoint', 'read_checkpoint',
@@ -369,7 +369,7 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 # %% ../nbs/api/15_checkpoint.ipynb #c023
-class CheckpointManager:
+class CheckpointManager(ShownAsTable):
     "The checkpoints of a run: written in the background, whole or not at all; the last and the best are kept."
 
     def __init__(
@@ -540,12 +540,6 @@ class CheckpointManager:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "The checkpoints as plain data."
         return {"folder": str(self.folder), "checkpoints": [one.to_dict() for one in self.checkpoints()]}
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     # what the thread does
 

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 # %% auto #0
 __all__ = ['TruthGPTError', 'ConfigError', 'InputError', 'ModelError', 'CacheError', 'CheckpointError', 'EngineError',
            'RemoteError', 'DependencyError', 'nearest', 'unknown_name', 'require', 'format_seconds', 'format_bytes',
-           'format_ratio', 'Table', 'subplots', 'write_whole', 'file_digest', 'user_cache_dir', 'remembered',
-           'remember']
+           'format_ratio', 'Table', 'ShownAsTable', 'subplots', 'write_whole', 'file_digest', 'user_cache_dir',
+           'remembered', 'remember']
 
 # %% ../nbs/api/00_core.ipynb #8d4e13f0
 class TruthGPTError(Exception):
@@ -210,6 +210,20 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/api/00_core.ipynb #bf4e8b59
+class ShownAsTable:
+    "What shows itself as its table."
+
+    def table(self) -> Table:  # what is to be shown
+        "What there is to say, in rows."
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return repr(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 # %% ../nbs/api/00_core.ipynb #23b5b7a6
 def subplots(

@@ -27,7 +27,7 @@ import psutil
 import torch
 
 from . import __version__
-from .core import InputError, Table, format_bytes, unknown_name, user_cache_dir
+from .core import InputError, ShownAsTable, Table, format_bytes, unknown_name, user_cache_dir
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'synchronize', 'device_of', 'seeded', 'evaluating', 'threads', 'torch_settings',
@@ -252,12 +252,30 @@ def available_memory(
     "How much memory can be taken now without others suffering, as far as the system says."
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
-    return (_memory_bytes() or 2**32) // 2
+    limits = [bytes for bytes in (_left_in_container(), _left_on_machine()) if bytes is not None]
+    return min(limits, default=(_memory_bytes() or 2**32) // 2)
+
+
+def _left_on_machine(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    if not meminfo.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+
+
+def _left_in_container(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    "What a control group, such as a container's, leaves: its limit less what is held and cannot be given back."
+    for folder, limit, used in (
+        (groups, "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, held = (int((folder / name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return max(0, most - held + int(stat.get("inactive_file", 0)))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return None
 
 
 def held_memory() -> int:  # bytes
@@ -293,7 +311,7 @@ class Capability:
     detail: str  # what is there, or why it cannot be used
 
 
-class Doctor:
+class Doctor(ShownAsTable):
     "What this machine can do, and why not where it cannot."
 
     def __init__(
@@ -318,12 +336,6 @@ class Doctor:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "Capabilities and environment as plain data."
         return {"capabilities": [vars(c) for c in self.capabilities], "environment": self.environment}
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def doctor() -> Doctor:  # shows itself as a table

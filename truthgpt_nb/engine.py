@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .configs import EvidenceConfig, GenerationConfig, InferenceConfig, Tolerance, updated
-from .core import EngineError, InputError, Table, format_bytes, format_seconds, subplots
+from .core import EngineError, InputError, ShownAsTable, Table, format_bytes, format_seconds, subplots
 from truthgpt_nb.devices import (
     available_memory,
     compiler_problem,
@@ -229,8 +229,8 @@ class StepRecord:
     bytes_read: int  # weights of linear layers, keys and values: what has to come from memory
 
 
-@dataclass(frozen=True)
-class EngineStats:
+@dataclass(frozen=True, repr=False)
+class EngineStats(ShownAsTable):
     "What an engine has done so far."
 
     requests: dict[str, int]  # how many ended for which reason
@@ -311,12 +311,6 @@ class EngineStats:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "All of it as plain data."
         return asdict(self)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _quartiles(seconds: list[float]) -> str | None:

@@ -25,7 +25,7 @@ import torch
 
 from .allocation import peak_memory
 from .configs import Field, config, to_dict, updated
-from .core import InputError, ModelError, Table, TruthGPTError, format_bytes
+from .core import InputError, ModelError, ShownAsTable, Table, TruthGPTError, format_bytes
 from .devices import pick_device
 from .ledger import Ledger, ProcessPeak, return_freed_memory
 from .models import context_length, embedded_models, locate_model, quiet_loading
@@ -369,7 +369,7 @@ def _fill(cache: Any, tokens: int) -> None:
 
 # %% ../nbs/api/06g_estimate.ipynb #a69ee6f0
 @dataclass(frozen=True, eq=False, repr=False)
-class MemoryEstimate:
+class MemoryEstimate(ShownAsTable):
     "What a model would take at most, and for what."
 
     name: str  # which model
@@ -408,12 +408,6 @@ class MemoryEstimate:
     def figure(self) -> Any:  # a matplotlib figure
         "What would be held over time, and by which module at the peak."
         return self.ledger.figure()
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def estimate_memory(

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .allocation import keeps_account, peak_memory
 from .configs import EvidenceConfig, Tolerance, to_dict
-from .core import InputError, Table, format_bytes, format_ratio, format_seconds, subplots
+from .core import InputError, ShownAsTable, Table, format_bytes, format_ratio, format_seconds, subplots
 from .devices import device_of, environment, evaluating, seeded, synchronize
 
 # %% auto #0
@@ -330,8 +330,8 @@ def _image_tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) / 255
 
 # %% ../nbs/api/03_evidence.ipynb #2567b52e
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(ShownAsTable):
     "What was measured of a candidate, and the verdict."
 
     name: str  # what the candidate is called
@@ -378,12 +378,6 @@ class Evidence:
     def to_json(self) -> str:  # indented
         "Everything that was measured, as JSON."
         return json.dumps(_finite(self.to_dict()), indent=2)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _median(values: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from .configs import GenerationConfig, to_dict, updated
-from .core import InputError, Table, format_seconds, write_whole
+from .core import InputError, ShownAsTable, Table, format_seconds, write_whole
 from .text import GeneratedText, TextGenerator, progress_bar
 
 # %% auto #0
@@ -104,8 +104,8 @@ def _alone(target: Path) -> Iterator[None]:
             Path(f"{target}.lock").unlink(missing_ok=True)
 
 # %% ../nbs/api/09a_jobs.ipynb #30deb589
-@dataclass(frozen=True)
-class FileResult:
+@dataclass(frozen=True, repr=False)
+class FileResult(ShownAsTable):
     "What became of the lines of a file."
 
     target: str  # where the texts are
@@ -123,12 +123,6 @@ class FileResult:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "The counts as plain data."
         return asdict(self)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def write_file(

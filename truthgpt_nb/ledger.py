@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .core import InputError, Table, format_bytes, subplots
+from .core import InputError, ShownAsTable, Table, format_bytes, subplots
 from .devices import device_of, held_memory, synchronize
 
 # %% auto #0
@@ -74,7 +74,7 @@ class _Listener(TorchDispatchMode):
         return out
 
 # %% ../nbs/api/02b_ledger.ipynb #3fa44a57
-class Ledger:
+class Ledger(ShownAsTable):
     "What the tensors made inside a `with` block hold, over time and by module."
 
     def __init__(
@@ -295,12 +295,6 @@ class Ledger:
         "What was held over time, by kind, and at the peak by module."
         return _draw(self)
 
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
 
 def _storages(tensor: torch.Tensor) -> list[Any]:
     if hasattr(tensor, "__tensor_flatten__"):  # a tensor made of others, such as a quantized weight
@@ -442,8 +436,8 @@ def _reset_high_water() -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class BlockMemory:
+@dataclass(frozen=True, repr=False)
+class BlockMemory(ShownAsTable):
     "What a block of code took."
 
     name: str  # what it was called
@@ -471,12 +465,6 @@ class BlockMemory:
         shown = lambda count: None if count is None else format_bytes(count)
         title = self.name + (f", ended by {self.error}" if self.error else "")
         return Table([{"what": w, "peak": shown(p), "kept": shown(k)} for w, p, k in rows], title)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 class Watched:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from .configs import ModelConfig, updated
-from .core import InputError, ModelError, Table, format_bytes, unknown_name
+from .core import InputError, ModelError, ShownAsTable, Table, format_bytes, unknown_name
 from .devices import compiler_problem, device_of, held_memory, package_version, synchronize
 from truthgpt_nb.models import (
     Source,
@@ -34,8 +34,8 @@ from truthgpt_nb.models import (
 __all__ = ['ModelSize', 'model_size', 'Freed', 'ModelManager']
 
 # %% ../nbs/api/06f_manager.ipynb #697d6919
-@dataclass(frozen=True)
-class ModelSize:
+@dataclass(frozen=True, repr=False)
+class ModelSize(ShownAsTable):
     "How many numbers a model holds, and how many of them are trained."
 
     parameters: int  # numbers; a shared weight counts once
@@ -52,12 +52,6 @@ class ModelSize:
         share = f" ({self.trainable / self.parameters:.2%})" if self.parameters else ""
         row: dict[str, Any] = {"parameters": f"{self.parameters:,}", "trainable": f"{self.trainable:,}{share}"}
         return Table([row | {"of adapters": f"{self.adapters:,}", "in memory": format_bytes(self.bytes)}])
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def model_size(
@@ -77,8 +71,8 @@ def _adapter_of(parameter: str) -> str | None:
     return parts[place + 1] if place is not None and place + 1 < len(parts) else None
 
 # %% ../nbs/api/06f_manager.ipynb #8575a9b1
-@dataclass(frozen=True)
-class Freed:
+@dataclass(frozen=True, repr=False)
+class Freed(ShownAsTable):
     "Memory before and after a model was let go."
 
     before: int  # bytes held by the process
@@ -98,12 +92,6 @@ class Freed:
             for name, (a, b) in pairs.items()
             if a is not None and b is not None
         )
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 # %% ../nbs/api/06f_manager.ipynb #f7b9f1a1
 class ModelManager:
@@ -178,6 +166,7 @@ class ModelManager:
         self._check_new(name)
         if not isinstance(rank, int) or rank < 1:
             raise InputError("rank", "must be a whole number of at least 1", rank, "Pass 8, say.")
+        self._check_targets(targets)
         config = LoraConfig(
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -193,13 +182,21 @@ class ModelManager:
                 else:
                     self._replace(get_peft_model(self.model, config, adapter_name=name))
         except ValueError as error:
-            linear = sorted(
-                {n.rpartition(".")[2] for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
-            )
-            step = f"Linear layers here are: {', '.join(linear)}."
-            raise InputError("targets", "must name layers of the model", targets, step) from error
+            raise self._no_such_targets(targets) from error
         self.use(name)
         self.model.eval()
+
+    def _check_targets(self, targets: str | Sequence[str]) -> None:
+        "peft minds only when none of several is there."
+        there = [name for name, _ in self.model.named_modules()]
+        for target in () if isinstance(targets, str) else targets:
+            if not any(name == target or name.endswith(f".{target}") for name in there):
+                raise self._no_such_targets(target)
+
+    def _no_such_targets(self, targets: Any) -> InputError:
+        layers = ((name, module) for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear))
+        linear = sorted({name.rpartition(".")[2] for name, _ in layers} - {"base_layer", "default"})
+        return InputError("targets", "must name layers of the model", targets, f"Linear layers: {', '.join(linear)}.")
 
     def load_adapter(
         self,

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .configs import to_dict, updated
-from .core import InputError, ModelError, Table, format_bytes
+from .core import InputError, ModelError, ShownAsTable, Table, format_bytes
 from .devices import available_memory, device_of, evaluating, held_memory, pick_device, pick_dtype, seeded
 from .estimate import MemoryEstimate, MemorySettings, estimate_memory, model_config
 from .evidence import Fidelity, fidelity
@@ -39,8 +39,8 @@ __all__ = ['MemoryStats', 'memory_stats', 'FitChange', 'MemoryFit', 'fit_memory'
            'MemoryOptimizer']
 
 # %% ../nbs/api/11_memory.ipynb #6871d1d1
-@dataclass(frozen=True)
-class MemoryStats:
+@dataclass(frozen=True, repr=False)
+class MemoryStats(ShownAsTable):
     "What is held now, in bytes; None where the system does not say."
 
     device: str  # cpu or cuda:N
@@ -74,12 +74,6 @@ class MemoryStats:
         found = {word: getattr(self, name) for name, word in words.items()}
         rows = ({"what": w, "memory": format_bytes(count)} for w, count in found.items() if count is not None)
         return Table(rows, f"Memory, {self.device}")
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def memory_stats(
@@ -205,7 +199,7 @@ def _offers(s: MemorySettings) -> Iterator[_Offer]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MemoryFit:
+class MemoryFit(ShownAsTable):
     "Whether what was asked fits into a budget, and what to change where it does not."
 
     asked: MemoryEstimate  # as it was asked
@@ -255,12 +249,6 @@ class MemoryFit:
             verdict = f"It does not fit into {budget}: take a smaller model, or more memory."
         most = f"As asked otherwise, the largest batch is {self.largest_batch:,}"
         return f"{verdict} {most}, the longest {self.largest_length:,} tokens."
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def fit_memory(
@@ -371,8 +359,8 @@ def _with(settings: MemorySettings, taken: list[_Offer]) -> MemorySettings:
     return settings
 
 # %% ../nbs/api/11_memory.ipynb #84f4ea87
-@dataclass(frozen=True)
-class BatchSearch:
+@dataclass(frozen=True, repr=False)
+class BatchSearch(ShownAsTable):
     "What a function came to, and with which batch."
 
     batch_size: int  # the one that went through
@@ -387,12 +375,6 @@ class BatchSearch:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON; the result stays out
         "The search as plain data."
         return {"batch_size": self.batch_size, "failed": self.failed}
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 _no_memory: tuple[str, ...] = (
@@ -546,7 +528,7 @@ _tolerances = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 5e-2, t
 
 
 @dataclass(eq=False, repr=False)
-class InferenceReport:
+class InferenceReport(ShownAsTable):
     "What was freed, measured, and the way back."
 
     saved: dict[str, int]  # bytes by what was freed
@@ -582,12 +564,6 @@ class InferenceReport:
         rows.append({"freed": "together", "memory": format_bytes(sum(self.saved.values()))})
         rows.append({"freed": "by the process", "memory": format_bytes(self.process_before - self.process_after)})
         return Table(rows, f"{'; '.join(self.done)}. Output {self._verdict()}.")
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 _gone: list[Callable[[], None]] = []

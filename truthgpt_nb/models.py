@@ -30,6 +30,7 @@ from .configs import ModelConfig
 from truthgpt_nb.core import (
     InputError,
     ModelError,
+    ShownAsTable,
     Table,
     TruthGPTError,
     file_digest,
@@ -126,7 +127,7 @@ def context_length(
 
 # %% ../nbs/api/06_models.ipynb #cfbb8d77
 @dataclass(frozen=True, eq=False, repr=False)
-class TextModel:
+class TextModel(ShownAsTable):
     "A language model, its tokenizer, and where they came from."
 
     model: Any  # a transformers causal language model
@@ -157,12 +158,6 @@ class TextModel:
             facts["note"] = "half precision is slow on a CPU: bfloat16 or float32 is the better choice"
         shown = ("from", "class", "parameters", "bytes", "dtype", "device", "context length", "note")
         return Table(({"what": k, "value": facts[k]} for k in shown if k in facts), _short_name(self.source))
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _dtype_of(model: torch.nn.Module) -> torch.dtype | None:

@@ -20,7 +20,16 @@ from torch import nn
 from .calibration import STEP_QAT, STEP_QUANTIZE_STATIC
 from .compiling import STEP_COMPILE_BLOCKS, STEP_TORCH_COMPILE
 from .configs import EvidenceConfig, GenerationConfig, OptimizationConfig, Tolerance
-from .core import InputError, Table, format_bytes, format_ratio, format_seconds, subplots, unknown_name
+from truthgpt_nb.core import (
+    InputError,
+    ShownAsTable,
+    Table,
+    format_bytes,
+    format_ratio,
+    format_seconds,
+    subplots,
+    unknown_name,
+)
 from .devices import device_of, environment, evaluating
 from .evidence import Evidence, Fidelity, Verdict, describe_error, fidelity, logits_fidelity
 from .fusion import STEP_FUSE_CONV_BN
@@ -131,8 +140,8 @@ class Candidate:
     verdict: Verdict  # kept, no gain, slower or drifts
 
 
-@dataclass(frozen=True)
-class OptimizationReport:
+@dataclass(frozen=True, repr=False)
+class OptimizationReport(ShownAsTable):
     "What was tried on a model, what was kept, and the evidence."
 
     steps: list[Evidence]  # one a candidate, in the order of the trials
@@ -188,12 +197,6 @@ class OptimizationReport:
             "candidates": [vars(candidate) for candidate in self.candidates],
             **plain,
         }
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _row(evidence: Evidence) -> dict[str, Any]:

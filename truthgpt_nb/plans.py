@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .configs import EvidenceConfig, Tolerance, from_dict, to_dict
-from .core import InputError, Table, format_ratio, write_whole
+from .core import InputError, ShownAsTable, Table, format_ratio, write_whole
 from .devices import environment, evaluating
 from .evidence import Fidelity, fidelity
 from .optimization import OptimizationReport, PerformanceOptimizer, apply_steps, check_optimizations
@@ -27,8 +27,8 @@ __all__ = ['OptimizationPlan', 'apply_plan', 'PlanCheck', 'verify_plan']
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class OptimizationPlan:
+@dataclass(frozen=True, repr=False)
+class OptimizationPlan(ShownAsTable):
     "The steps that a search kept, and the evidence in short."
 
     steps: list[str]  # names, in the order in which they are applied
@@ -105,12 +105,6 @@ class OptimizationPlan:
         facts |= {"compile mode": self.compile_mode, "measured on": machine}
         return Table([{"what": key, "value": value} for key, value in facts.items()], "optimization plan")
 
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
 # %% ../nbs/api/12a_plans.ipynb #958aef89
 def apply_plan(
     model: nn.Module,  # the model; it is left as it is
@@ -130,8 +124,8 @@ def _trial(model: nn.Module, plan: OptimizationPlan, sample: Any, run: Any, cali
     return Trial(sample, run or forward, mode, training, dynamic=plan.dynamic, calibration=calibration)
 
 
-@dataclass(frozen=True)
-class PlanCheck:
+@dataclass(frozen=True, repr=False)
+class PlanCheck(ShownAsTable):
     "What a plan is worth on this machine."
 
     model: nn.Module  # with the plan applied if it passed, else the one that was given
@@ -154,12 +148,6 @@ class PlanCheck:
         rows.append({"what": "speed-up", "there": speed(self.plan.speedup), "here": speed(whole and whole.speedup)})
         verdict = f"{whole.verdict}. {whole.reason}" if whole else "the plan is empty"
         return Table(rows, f"{' + '.join(self.plan.steps) or 'no steps'}: {verdict}")
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def verify_plan(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .configs import Tolerance
-from .core import InputError, Table, format_ratio
+from .core import InputError, ShownAsTable, Table, format_ratio
 from .devices import device_of, evaluating, model_lock
 from .evidence import Fidelity, logits_fidelity
 from truthgpt_nb.linears import (
@@ -108,8 +108,8 @@ class PrecisionTrial:
     violations: tuple[str, ...]  # limits that are broken; empty when none is
 
 
-@dataclass(frozen=True)
-class PrecisionChoice:
+@dataclass(frozen=True, repr=False)
+class PrecisionChoice(ShownAsTable):
     "What was tried, and what was taken."
 
     precision: str  # the fastest within the tolerance
@@ -132,12 +132,6 @@ class PrecisionChoice:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "All of it as plain data."
         return asdict(self)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def choose_precision(

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .core import CacheError, Table, format_bytes, write_whole
+from .core import CacheError, ShownAsTable, Table, format_bytes, write_whole
 from .ragged import Slots
 
 # %% auto #0
@@ -122,8 +122,8 @@ def _checksum(values: torch.Tensor) -> int:
     return zlib.crc32(values.contiguous().view(torch.uint8).numpy().data)
 
 # %% ../nbs/api/07b_prefix.ipynb #3c625f97
-@dataclass(frozen=True)
-class PrefixStats:
+@dataclass(frozen=True, repr=False)
+class PrefixStats(ShownAsTable):
     "What a prefix cache has spared."
 
     asked: int  # tokens of prompts that were looked up
@@ -145,12 +145,6 @@ class PrefixStats:
     def to_dict(self) -> dict[str, int]:  # ready for JSON
         "The counts as plain data."
         return asdict(self)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 _AT_ONCE = 16  # blocks that are copied in one go

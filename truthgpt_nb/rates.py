@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .checkpoint import rng_state, set_rng_state
-from .core import InputError, Table, subplots
+from .core import InputError, ShownAsTable, Table, subplots
 from .trainer import Trainer, stoppable
 
 # %% auto #0
 __all__ = ['RateSearch', 'learning_rate_finder']
 
 # %% ../nbs/api/16b_rates.ipynb #8257bc8b
-@dataclass(frozen=True)
-class RateSearch:
+@dataclass(frozen=True, repr=False)
+class RateSearch(ShownAsTable):
     "Losses at rising learning rates."
 
     rates: list[float]  # one a step
@@ -56,12 +56,6 @@ class RateSearch:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "All of it as plain data."
         return asdict(self)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def learning_rate_finder(

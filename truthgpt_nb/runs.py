@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .core import InputError, Table, format_seconds, require, subplots, unknown_name
+from .core import InputError, ShownAsTable, Table, format_seconds, require, subplots, unknown_name
 
 # %% auto #0
 __all__ = ['HIDDEN', 'masked', 'without_secrets', 'number_of', 'RunRecord', 'read_records', 'RecordFile', 'binned', 'png_bytes',
@@ -442,7 +442,7 @@ def is_in_use(
         return True
 
 # %% ../nbs/api/13b_runs.ipynb #f7e67cfe
-class Runs:
+class Runs(ShownAsTable):
     "Runs, the one that was started last at the end."
 
     def __init__(
@@ -481,12 +481,6 @@ class Runs:
     def to_dict(self) -> list[dict[str, Any]]:  # one item a run
         "The runs as plain data."
         return [run.to_dict() for run in self.runs]
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _shown(values: Mapping[str, float]) -> dict[str, float]:
@@ -547,7 +541,7 @@ def flat(
             yield f"{_before}{name}", value
 
 # %% ../nbs/api/13b_runs.ipynb #5cb3c2ce
-class RunComparison:
+class RunComparison(ShownAsTable):
     "Some runs side by side."
 
     def __init__(
@@ -584,12 +578,6 @@ class RunComparison:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON; a NaN is the string "NaN"
         "The comparison as plain data."
         return _spelled({"metrics": self.metrics, **self.table().to_dict()})
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _extent(run: Run, metric: str) -> dict[str, float | None]:

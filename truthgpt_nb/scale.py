@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from . import __version__
 from .configs import GenerationConfig, to_dict
-from .core import EngineError, InputError, Table, TruthGPTError, nearest, require, write_whole
+from .core import EngineError, InputError, ShownAsTable, Table, TruthGPTError, nearest, require, write_whole
 
 # %% auto #0
 __all__ = ['GeneratedDataset', 'read_generated', 'generate_dataset']
@@ -494,7 +494,7 @@ def _fit(node: dict[str, float], cpus: int, gpus: float) -> int:
 
 # %% ../nbs/api/18_scale.ipynb #9a104fb7
 @dataclass(frozen=True, repr=False)
-class GeneratedDataset:
+class GeneratedDataset(ShownAsTable):
     "What a call of `generate_dataset` did, and where the records are; iterating gives them in order."
 
     output: str  # the folder
@@ -521,12 +521,6 @@ class GeneratedDataset:
     def table(self) -> Table:  # one row
         "The counts as a table."
         return Table([{key: value for key, value in self.to_dict().items() if key != "output"}], "generated")
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def read_generated(

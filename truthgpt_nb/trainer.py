@@ -37,7 +37,7 @@ from truthgpt_nb.checkpoint import (
     set_rng_state,
 )
 from .configs import TrainingConfig, to_dict, updated
-from .core import ConfigError, InputError, Table, format_bytes, subplots
+from .core import ConfigError, InputError, ShownAsTable, Table, format_bytes, subplots
 from .devices import device_of, evaluating, pick_device, seeded
 
 # %% auto #0
@@ -218,8 +218,8 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
-@dataclass(frozen=True)
-class TrainingReport:
+@dataclass(frozen=True, repr=False)
+class TrainingReport(ShownAsTable):
     "What a run did."
 
     steps: list[TrainingStep]  # those of all sessions of the run
@@ -263,12 +263,6 @@ class TrainingReport:
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         "All of it as plain data."
         return asdict(self)
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def evaluate(

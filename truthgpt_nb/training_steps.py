@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .compiling import repeated_blocks
 from .configs import EvidenceConfig, Tolerance
-from .core import InputError, Table, format_bytes, format_ratio, unknown_name
+from .core import InputError, ShownAsTable, Table, format_bytes, format_ratio, unknown_name
 from .devices import device_of
 from .evidence import Evidence, compare, describe_error
 from .gates import Rules, least_bound
@@ -72,8 +72,8 @@ def make_optimizer(
     return torch.optim.AdamW(weights, lr=learning_rate, fused=True if fused else None)
 
 # %% ../nbs/api/12b_training_steps.ipynb #d24e92e8
-@dataclass(frozen=True)
-class TrainingFindings:
+@dataclass(frozen=True, repr=False)
+class TrainingFindings(ShownAsTable):
     "Which switches pay for a training step."
 
     steps: list[Evidence]  # one a switch
@@ -98,12 +98,6 @@ class TrainingFindings:
             rows.append({"switch": e.name, "verdict": e.verdict, "speed": speed, "peak of a step": peaks})
             rows[-1]["why"] = f"{e.reason} ({e.detail})" if e.detail else e.reason
         return Table(rows, f"kept: {', '.join(self.kept)}" if self.kept else "nothing kept")
-
-    def __repr__(self) -> str:
-        return repr(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def optimize_training(
