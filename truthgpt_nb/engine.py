@@ -1045,10 +1045,9 @@ class InferenceEngine:
         tolerance: Tolerance | None = None,  # how far the distributions may move
     ) -> Evidence:  # speed, identical continuations, KL divergence, perplexity; a verdict
         "This engine against one that is exact, on your prompts."
-        written, chosen = GenerationConfig(max_new_tokens=max_new_tokens), self.precision
+        written = GenerationConfig(max_new_tokens=max_new_tokens)
         exact = InferenceEngine(self.model, updated(self.config, precision="exact", prefix_bytes=0, compile=False))
-        other = InferenceEngine(self.model, updated(self.config, prefix_bytes=0))
-        other._work.choice = self._work.choice
+        other = InferenceEngine(self.model, updated(self.config, precision=self.precision, prefix_bytes=0))
 
         def run(engine: InferenceEngine) -> list[list[int]]:
             return [one.tokens for one in engine.generate_batch(prompts, written, stop_ids=())]
@@ -1068,7 +1067,7 @@ class InferenceEngine:
             return compare(
                 lambda: run(exact),
                 lambda: run(other),
-                name=f"precision {chosen}",
+                name=f"precision {other.precision}",
                 settings=settings,
                 tolerance=updated(tolerance or Tolerance(), identical=0.0),  # reported; judged are the distributions
                 measure=measure,

@@ -396,17 +396,13 @@ def replace_linears(
     model: nn.Module,  # changed in place: a twin, with the modules of its own
     choose: Callable[[tuple[int, int]], str],  # the kernel for a shape out × in, "stock" for none
     together: Sequence[Sequence[str]] = (),  # layers to join, as `same_input` found them
-    only: Callable[[Sequence[str]], bool] | None = None,  # which, by the names of layers of one input; all if not given
 ) -> Replaced:  # how many layers run in which kernel
     "Put a faster kernel in place of each linear layer."
-    asked = [names for names in together if only is None or only(names)]
-    groups = [[model.get_submodule(name) for name in names] for names in asked]
+    groups = [[model.get_submodule(name) for name in names] for names in together]
     groups = [layers for layers in groups if choose(_joined_shape(layers)) != "stock"]
     joined = {layer for layers in groups for layer in layers}
-    alone = {layer: name for name, layer in model.named_modules() if name and layer not in joined}
-    plain = [(layer, name) for layer, name in alone.items() if _plain_weight(layer) is not None]
-    with_others = {name: names for names in together for name in names}
-    groups += [[layer] for layer, name in plain if only is None or only(with_others.get(name, [name]))]
+    alone = [layer for layer in list(model.modules())[1:] if layer not in joined]
+    groups += [[layer] for layer in alone if _plain_weight(layer) is not None]
     groups.sort(key=lambda layers: -prod(_joined_shape(layers)))  # the longest first, so that no thread is last with it
     chosen = [choose(_joined_shape(layers)) for layers in groups]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # most kernels lay out their weights in one thread
@@ -426,14 +422,15 @@ def replace_linears(
 def linear_shapes(
     model: nn.Module,  # any module
     together: Sequence[Sequence[str]] = (),  # layers to join
-) -> dict[tuple[str, ...], tuple[int, int]]:  # the names of the layers of one product → out × in
-    "The shapes of the products that `replace_linears` would reach."
-    shapes = {tuple(names): _joined_shape([model.get_submodule(name) for name in names]) for names in together}
-    joined = {name for names in shapes for name in names}
-    for name, module in model.named_modules():
-        if name not in joined and (weight := _plain_weight(module)) is not None:
-            shapes[name,] = weight.shape[0], weight.shape[1]
-    return shapes
+) -> dict[tuple[int, int], int]:  # out × in → how many products
+    "The shapes of the linear layers that `replace_linears` would reach."
+    groups = [[model.get_submodule(name) for name in names] for names in together]
+    shapes = Counter(_joined_shape(layers) for layers in groups)
+    joined = {layer for layers in groups for layer in layers}
+    for module in model.modules():
+        if module not in joined and (weight := _plain_weight(module)) is not None:
+            shapes[weight.shape[0], weight.shape[1]] += 1
+    return dict(shapes)
 
 
 def _plain_weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:

@@ -5,8 +5,7 @@
 # %% ../nbs/api/06d_precision.ipynb #baae56ef
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from math import prod
@@ -36,7 +35,7 @@ __all__ = ['set_precision', 'allowed_kernels', 'PrecisionTrial', 'PrecisionChoic
 # %% ../nbs/api/06d_precision.ipynb #382c4500
 def set_precision(
     model: Any,  # changed in place: a twin
-    precision: str,  # exact, fast, int8, float32, float16 or bfloat16; int8 except NAME, NAME …
+    precision: str,  # exact, fast, int8, float32, float16 or bfloat16
     row_counts: Sequence[int] = (1, 32, 512),  # how many rows are multiplied at once
     run: Callable[[], Any] | None = None,  # calls the model, if it takes other arguments than its kind does
 ) -> Replaced:  # how many layers run in which kernel
@@ -47,31 +46,8 @@ def set_precision(
         return Replaced({}, 0)
     if next(model.parameters()).dtype != torch.float32:
         return Replaced({}, 0)
-    together = same_input(model, run) if run else _together(model)
-    base, excepted = _parts(precision)
-    done = Replaced({}, 0)
-    for part, apart in (("fast", True), (base, False)):
-        wanted = partial(_belongs, excepted=excepted, apart=apart)
-        choose = cache(partial(fastest_kernel, row_counts=row_counts, kernels=allowed_kernels(part)))
-        some = replace_linears(model, choose, [names for names in together if wanted(names)], wanted)
-        kernels = Counter(done.kernels) + Counter(some.kernels)
-        done = Replaced(dict(kernels), done.weight_bytes + some.weight_bytes)
-    return done
-
-
-def _parts(precision: str) -> tuple[str, frozenset[str]]:
-    "What all layers but those of some names have, and the names."
-    base, _, names = precision.partition(" except ")
-    return base, frozenset(names.split(", ")) if names else frozenset()
-
-
-def _belongs(names: Sequence[str], excepted: frozenset[str], apart: bool) -> bool:
-    return bool(_kind(names) & excepted) == apart
-
-
-def _kind(names: Sequence[str]) -> frozenset[str]:
-    "What layers of one input are called in every layer of the model."
-    return frozenset(name.rpartition(".")[2] for name in names)
+    choose = cache(partial(fastest_kernel, row_counts=row_counts, kernels=allowed_kernels(precision)))
+    return replace_linears(model, choose, same_input(model, run) if run else _together(model))
 
 
 def _together(model: Any) -> list[list[str]]:
@@ -150,11 +126,7 @@ def choose_precision(
         precisions = ("fast", "exact") if plain else ("exact",)
     reference = precision_logits(model, rows)
     limits, shapes = tolerance or Tolerance(), _shapes(model)
-    attempt = partial(_trial, model, rows, reference, limits, row_counts, shapes)
-    trials = [attempt(precision) for precision in precisions]
-    of = {trial.precision: trial for trial in trials}
-    if "int8" in of and "fast" in of and of["int8"].violations and not of["fast"].violations:
-        trials += _mixed(attempt, shapes, row_counts)
+    trials = [_trial(model, precision, rows, reference, limits, row_counts, shapes) for precision in precisions]
     trials.sort(key=lambda trial: -trial.speedup)
     taken = next((trial.precision for trial in trials if not trial.violations), "exact")
     return PrecisionChoice(taken, tuple(trials), sum(map(len, rows)))
@@ -182,39 +154,14 @@ def labels_of(
     return torch.tensor([token for ids in rows for token in (-100, *ids[1:])])
 
 
-def _mixed(
-    attempt: Callable[[str], PrecisionTrial],
-    shapes: dict[tuple[str, ...], tuple[int, int]],
-    row_counts: Sequence[int],
-) -> Iterator[PrecisionTrial]:
-    "int8 for fewer and fewer kinds of layers, until the tolerance is kept."
-    kinds = {kind: shape for names, shape in shapes.items() for kind in [_kind(names)]}
-    saved, moved, whole = {}, {}, _seconds(shapes, "fast", row_counts)[1]
-    for kind in kinds:
-        part = {names: shape for names, shape in shapes.items() if _kind(names) == kind}
-        fast, quick = (_seconds(part, precision, row_counts)[1] for precision in ("fast", "int8"))
-        saved[kind] = sum((a - b) / c for a, b, c in zip(fast, quick, whole, strict=True))
-    left, never = ([kind for kind in kinds if (saved[kind] > 0) == gains] for gains in (True, False))
-    for kind in left:
-        others = sorted(name for other in kinds if other != kind for name in other)
-        moved[kind] = attempt(f"int8 except {', '.join(others)}").fidelity.metrics.get("kl_divergence", 0.0)
-    left.sort(key=lambda kind: moved[kind] / saved[kind])
-    while len(left) > 1:
-        never.append(left.pop())
-        trial = attempt(f"int8 except {', '.join(sorted(name for kind in never for name in kind))}")
-        yield trial
-        if not trial.violations:
-            return
-
-
 def _trial(
     model: Any,
+    precision: str,
     rows: list[list[int]],
     reference: torch.Tensor,
     tolerance: Tolerance,
     row_counts: Sequence[int],
-    shapes: dict[tuple[str, ...], tuple[int, int]],
-    precision: str,
+    shapes: dict[tuple[int, int], int],
 ) -> PrecisionTrial:
     logits = precision_logits(model, rows, precision, row_counts)
     found = logits_fidelity(reference, logits, labels_of(rows))
@@ -222,28 +169,18 @@ def _trial(
     return PrecisionTrial(precision, speedup, found, tuple(found.violations(tolerance)))
 
 
-def _shapes(model: Any) -> dict[tuple[str, ...], tuple[int, int]]:
-    "Of the products in which kernels can be exchanged."
+def _shapes(model: Any) -> dict[tuple[int, int], int]:
+    "Of the products in which kernels can be exchanged, with how many there are."
     if device_of(model).type != "cpu" or next(model.parameters()).dtype != torch.float32:
         return {}
     probe = twin(model).eval()
     return linear_shapes(probe, _together(probe))
 
 
-def _speedup(shapes: dict[tuple[str, ...], tuple[int, int]], precision: str, row_counts: Sequence[int]) -> float:
+def _speedup(shapes: dict[tuple[int, int], int], precision: str, row_counts: Sequence[int]) -> float:
     "Of all products together: the geometric mean over the row counts."
     if not shapes:
         return 1.0
-    stock, chosen = _seconds(shapes, precision, row_counts)
-    return prod(a / b for a, b in zip(stock, chosen, strict=True)) ** (1 / len(row_counts))
-
-
-def _seconds(
-    shapes: dict[tuple[str, ...], tuple[int, int]], precision: str, row_counts: Sequence[int]
-) -> tuple[list[float], list[float]]:
-    "For each row count: of torch's own kernels, and of those of a precision."
-    base, excepted = _parts(precision)
-    alike = Counter((shape, "fast" if _kind(names) & excepted else base) for names, shape in shapes.items())
-    measured = [seconds_of(shape, row_counts, allowed_kernels(part), count) for (shape, part), count in alike.items()]
+    measured = [seconds_of(shape, row_counts, allowed_kernels(precision), count) for shape, count in shapes.items()]
     stock, chosen = ([sum(times) for times in zip(*side, strict=True)] for side in zip(*measured, strict=True))
-    return stock, chosen
+    return prod(a / b for a, b in zip(stock, chosen, strict=True)) ** (1 / len(row_counts))
