@@ -194,8 +194,9 @@ class ModelManager:
                 raise self._no_such_targets(target)
 
     def _no_such_targets(self, targets: Any) -> InputError:
-        layers = ((name, module) for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear))
-        linear = sorted({name.rpartition(".")[2] for name, _ in layers} - {"base_layer", "default"})
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)]
+        own = (name.removesuffix(".base_layer") for name in layers if ".lora_" not in name)
+        linear = sorted({name.rpartition(".")[2] for name in own})
         return InputError("targets", "must name layers of the model", targets, f"Linear layers: {', '.join(linear)}.")
 
     def load_adapter(
