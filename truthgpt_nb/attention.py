@@ -729,9 +729,8 @@ def _flex(
         heads = 1 if mask.visible is None else q.shape[1]
         blocks = create_block_mask(seen, q.shape[0], heads, q.shape[2], k.shape[2], device=q.device)
     grouped = q.shape[1] != k.shape[1]
-    options = (
-        {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda and q.shape[2] > 1 else None
-    )  # not the kernel for one query
+    several = q.is_cuda and q.shape[2] > 1  # for which torch would take the kernel of a single query
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if several else None
     try:  # beyond its limit torch would go on without the kernel, silently
         with config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True):
             return _compiled_flex()(q, k, v, added, blocks, scale, grouped, kernel_options=options)

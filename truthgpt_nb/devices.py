@@ -39,21 +39,17 @@ def pick_device(
     device: str | torch.device = "auto",  # auto, cpu, mps, cuda or cuda:N
 ) -> torch.device:  # a device that is there
     "The device to use."
-    name = str(device)
-    if name == "auto":
-        name = os.environ.get("TRUTHGPT_DEVICE") or "auto"
+    name, argument, step = str(device), "device", "Pass device='auto' to let it be chosen."
+    if name == "auto" and (chosen := os.environ.get("TRUTHGPT_DEVICE", "auto")) != "auto":
+        name, argument, step = chosen, "TRUTHGPT_DEVICE", "Unset this environment variable to let it be chosen."
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
     if kind not in there or (index and not index.isdigit()):
-        raise InputError(
-            "device", "must be auto, cpu, mps, cuda or cuda:N", name, "Pass device='auto' to let it be chosen."
-        )
+        raise InputError(argument, "must be auto, cpu, mps, cuda or cuda:N", name, step)
     if int(index or 0) >= there[kind]:
-        raise InputError(
-            "device", "must be on this machine", name, "Run doctor() to see why it is not, or pass device='auto'."
-        )
+        raise InputError(argument, "must be on this machine", name, f"Run doctor() to see why it is not. {step}")
     return torch.device(name)
 
 

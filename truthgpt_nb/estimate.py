@@ -217,13 +217,12 @@ def _documents_unpacked() -> Iterator[None]:
     "No search for packed documents, which transformers cannot do without values, and for which it would make a mask."
     from transformers import masking_utils
 
-    search = getattr(masking_utils, "find_packed_sequence_indices", None)
+    search = masking_utils.find_packed_sequence_indices
     try:
         masking_utils.find_packed_sequence_indices = lambda position_ids: None
         yield
     finally:
-        if search is not None:
-            masking_utils.find_packed_sequence_indices = search
+        masking_utils.find_packed_sequence_indices = search
 
 
 def _check_length(model: Any, settings: MemorySettings) -> None:

@@ -614,6 +614,7 @@ def last_logits(
 
 # %% ../nbs/api/07a_ragged.ipynb #0d54ec61
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_LENGTHS = tuple(size << doublings for doublings in range(16) for size in (64, 96))  # 64, 96, 128, 192, 256, …
 _PATIENCE = 2  # how often a kind of step is done as ever before it is captured
 
 
@@ -696,8 +697,7 @@ class CapturedSteps:
         if not alone or not slots.keys or self.problem is not None:
             return None
         longest = 1 + max(part.start for part in parts)
-        lengths = [64 << (i // 2) if i % 2 == 0 else 96 << (i // 2) for i in range(32)]  # 64, 96, 128, 192, 256, …
-        kind = _rounded(len(parts), _ROWS, slots.count), _rounded(longest, lengths, slots.length)
+        kind = _rounded(len(parts), _ROWS, slots.count), _rounded(longest, _LENGTHS, slots.length)
         if (known := self._replays.get(kind)) is not None:
             self.count += 1
             return known(parts)
